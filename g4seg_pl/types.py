@@ -1,0 +1,86 @@
+"""What crosses the borders between data, refiner and files: frozen dataclasses and the errors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+IGNORE_INDEX = 255
+
+
+class G4SegError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class BadItemError(G4SegError):
+    """One item (image, seed, label) cannot be used; the message names file, field and remedy."""
+
+
+class ConfigurationError(G4SegError, ValueError):
+    """The run as configured cannot work; raised before any model is loaded."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A coarse mask per class of one image.
+
+    Attributes:
+        class_ids: label values as in the ground truth, 1-based (0 is background), one per map.
+        scores: foreground probability of each class, float32 ``(K, H, W)`` in [0, 1].
+    """
+
+    class_ids: tuple[int, ...]
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its coarse masks, at native size.
+
+    Attributes:
+        image_id: the image's own name without suffix; also the name of its mask file.
+        image: uint8 ``(3, H, W)``, RGB.
+        seed: coarse masks of the same height and width.
+        class_names: the name put into the prompt for each class of the seed.
+        truth: uint8 ``(H, W)`` label values, 255 ignored; None where there is no ground truth.
+        image_path: the file the image was read from, if any.
+    """
+
+    image_id: str
+    image: Tensor
+    seed: Seed
+    class_names: tuple[str, ...]
+    truth: Tensor | None = None
+    image_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class FailedSample:
+    """An item that could not be read or refined.
+
+    Attributes:
+        image_id: the id asked for.
+        error: file, field and remedy in one sentence.
+    """
+
+    image_id: str
+    error: str
+
+
+@dataclass(frozen=True)
+class RefinedMask:
+    """The refined masks of one image, at native size.
+
+    Attributes:
+        image_id: as in the sample.
+        class_ids: as in the seed.
+        foreground: refined foreground probabilities, float32 ``(K, H, W)`` in [0, 1], on the CPU.
+        label: uint8 ``(H, W)`` label values by the run's background rule.
+        confidence: optional float32 ``(K, H, W)`` in [0, 1].
+    """
+
+    image_id: str
+    class_ids: tuple[int, ...]
+    foreground: Tensor
+    label: Tensor
+    confidence: Tensor | None = None
