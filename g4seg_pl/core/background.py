@@ -1,0 +1,86 @@
+"""From foreground probabilities to one label a pixel, by the seed's own background rule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+
+@runtime_checkable
+class BackgroundRule(Protocol):
+    """What the background scores at each pixel."""
+
+    def __call__(self, foreground: Float[Tensor, "k H W"]) -> Float[Tensor, "H W"]:
+        """Return the background's score given all classes' probabilities."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The background scores a constant.
+
+    Attributes:
+        value: a class must exceed it, in [0, 1].
+    """
+
+    value: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse a threshold that no probability, or every one, exceeds."""
+        if not 0 <= self.value <= 1:
+            message = f"background threshold is {self.value}; give a value from 0 to 1"
+            raise ValueError(message)
+
+    def __call__(self, foreground: Float[Tensor, "k H W"]) -> Float[Tensor, "H W"]:
+        """Return the constant."""
+        return foreground.new_full(foreground.shape[1:], self.value)
+
+
+@dataclass(frozen=True)
+class PowerBackground:
+    """The background scores (1 - max S)^p.
+
+    Attributes:
+        power: p, positive; a larger one gives more foreground.
+    """
+
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a power that does not fall with the foreground."""
+        if self.power <= 0:
+            message = f"background power is {self.power}; give a positive value"
+            raise ValueError(message)
+
+    def __call__(self, foreground: Float[Tensor, "k H W"]) -> Float[Tensor, "H W"]:
+        """Return what the strongest class leaves over, to the power."""
+        return (1 - foreground.amax(0)).pow(self.power)
+
+
+def compose_label(
+    foreground: Float[Tensor, "k H W"], class_ids: Sequence[int], background: BackgroundRule
+) -> UInt8[Tensor, "H W"]:
+    """Return the best-scoring class of each pixel, 0 where none exceeds the background.
+
+    Args:
+        foreground: probabilities in [0, 1], one map a class; without maps all is background.
+        class_ids: the label of each map, 1 to 254.
+        background: the rule that scores the background.
+
+    Raises:
+        ValueError: the number of labels and maps differ, or a label cannot be one.
+    """
+    if len(class_ids) != len(foreground):
+        message = f"{len(class_ids)} class_ids for {len(foreground)} maps; give one label a map"
+        raise ValueError(message)
+    if not all(1 <= label <= 254 for label in class_ids):
+        message = f"class_ids are {tuple(class_ids)}; labels lie in 1 to 254"
+        raise ValueError(message)
+    if not len(class_ids):
+        return foreground.new_zeros(foreground.shape[1:], dtype=torch.uint8)
+    # Background first: where scores tie, the first wins, so a class must exceed it.
+    scores = torch.cat([background(foreground)[None], foreground])
+    labels = torch.tensor([0, *class_ids], dtype=torch.uint8, device=foreground.device)
+    return labels[scores.argmax(0)]

@@ -1,0 +1,1 @@
+"""F of Eq. 8: frozen encoders of dense features."""

@@ -1,0 +1,120 @@
+"""Pictures and masks as users hold them (PIL, NumPy, torch), to tensors and back."""
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from g4seg_pl.types import BadItemError
+
+PictureLike = Image.Image | np.ndarray | Tensor
+MaskLike = TypeVar("MaskLike", Image.Image, np.ndarray, Tensor)
+
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+_MASK_MODES = ("1", "L", "F")
+
+
+def picture_to_tensor(picture: PictureLike) -> Tensor:
+    """Return a picture as uint8 ``(3, H, W)``, RGB, on the CPU.
+
+    Args:
+        picture: a PIL image of an 8-bit mode (turned upright by its EXIF tag), an array
+            ``(H, W, 3)`` or ``(H, W)``, or a tensor ``(3, H, W)``; arrays and tensors are
+            uint8, or floating point in [0, 1].
+
+    Raises:
+        BadItemError: another mode, shape, number type or range.
+    """
+    if isinstance(picture, Image.Image):
+        if picture.mode not in _EIGHT_BIT_MODES:
+            message = f"image has mode {picture.mode}; convert it to 8 bits a channel first"
+            raise BadItemError(message)
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
+        return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    if isinstance(picture, np.ndarray):
+        channels_last = picture[..., None].repeat(3, -1) if picture.ndim == 2 else picture
+        expected, last = "(H, W, 3) or (H, W)", channels_last.shape[-1:]
+        tensor = torch.from_numpy(np.ascontiguousarray(channels_last))
+        tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
+    else:
+        expected, last, tensor = "(3, H, W)", tuple(picture.shape[:1]), picture.detach().cpu()
+    if tensor.ndim != 3 or last != (3,) or 0 in tensor.shape:
+        message = f"image has shape {tuple(picture.shape)}; give {expected}"
+        raise BadItemError(message)
+    return _to_eight_bits(tensor)
+
+
+def mask_to_tensor(mask: PictureLike, name: str, size: tuple[int, int]) -> Tensor:
+    """Return a mask as float32 ``(H, W)`` in [0, 1] on the CPU.
+
+    Args:
+        mask: a PIL image of mode 1, L or F, an array or a tensor ``(H, W)``: floating point in
+            [0, 1], boolean, integers 0 and 1 only, or uint8 up to 255 for 1.
+        name: its class, for messages.
+        size: height and width of the image.
+
+    Raises:
+        BadItemError: another mode, size, number type or range.
+    """
+    if isinstance(mask, Image.Image):
+        if mask.mode not in _MASK_MODES:
+            message = f"mask of {name!r} has mode {mask.mode}; give one of {_MASK_MODES}"
+            raise BadItemError(message)
+        tensor = torch.from_numpy(np.array(mask))
+    elif isinstance(mask, np.ndarray):
+        tensor = torch.from_numpy(np.ascontiguousarray(mask))
+    else:
+        tensor = mask.detach().cpu()
+    if tuple(tensor.shape) != size:
+        message = f"mask of {name!r} has shape {tuple(tensor.shape)}; the image has {size}"
+        raise BadItemError(message)
+    return _to_probability(tensor, name)
+
+
+def tensor_like(result: Tensor, given: MaskLike) -> MaskLike:
+    """Return a refined mask as the kind that was given.
+
+    Args:
+        result: float32 ``(H, W)`` in [0, 1].
+        given: the mask as it came.
+
+    Returns:
+        A PIL image of mode F; an array or tensor of the given floating type (float32 if it was
+        none), a tensor on the given one's device.
+    """
+    if isinstance(given, Image.Image):
+        return Image.fromarray(result.numpy())
+    if isinstance(given, np.ndarray):
+        return result.numpy().astype(given.dtype if given.dtype.kind == "f" else np.float32)
+    return result.to(given.device, given.dtype if given.is_floating_point() else torch.float32)
+
+
+def _to_eight_bits(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.uint8:
+        return tensor
+    if not tensor.is_floating_point():
+        message = f"image has numbers of type {tensor.dtype}; give uint8, or floats in [0, 1]"
+        raise BadItemError(message)
+    if not ((tensor >= 0) & (tensor <= 1)).all():
+        message = "image has values outside [0, 1]; divide by its maximum, or give uint8"
+        raise BadItemError(message)
+    return (tensor * 255).round().to(torch.uint8)
+
+
+def _to_probability(tensor: Tensor, name: str) -> Tensor:
+    if tensor.dtype == torch.bool or (
+        not tensor.is_floating_point() and ((tensor == 0) | (tensor == 1)).all()
+    ):
+        return tensor.float()
+    if tensor.dtype == torch.uint8:
+        return tensor.float() / 255
+    if not tensor.is_floating_point():
+        message = f"mask of {name!r} has numbers of type {tensor.dtype}; give floats in [0, 1]"
+        raise BadItemError(message)
+    # Not-a-number compares false, so it is caught here too.
+    if not ((tensor >= 0) & (tensor <= 1)).all():
+        message = f"mask of {name!r} has values outside [0, 1] or not a number; rescale it"
+        raise BadItemError(message)
+    return tensor.float()

@@ -1,0 +1,196 @@
+"""The two-line object: a model in, refined masks out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from g4seg_pl.backbones.loading import NumberFormat, resolve_dtype
+from g4seg_pl.backbones.stable_diffusion import StableDiffusion
+from g4seg_pl.core.context import RefinementContext
+from g4seg_pl.core.protocols import FeatureExtractor, Generator
+from g4seg_pl.core.refine import RefinementState, refine
+from g4seg_pl.core.resize import apply_change, image_to_working, masks_to_working
+from g4seg_pl.core.steps import Correspondence, UpdateStep
+from g4seg_pl.features.base import DenseFeatures
+from g4seg_pl.features.vae import VAEFeatures
+from g4seg_pl.pictures import PictureLike, mask_to_tensor, picture_to_tensor, tensor_like
+from g4seg_pl.types import BadItemError, Sample, Seed
+
+MaskLike = TypeVar("MaskLike", Image.Image, np.ndarray, Tensor)
+
+
+class G4SegRefiner:
+    """Refines coarse masks with a text-to-image model.
+
+    Attributes:
+        generator: the text-to-image model.
+        features: F of Eq. 8; None if no step compares images.
+        steps: the updates, in order.
+        seed: the run's seed; noise depends on it, the image's id and the class only.
+        prompt_template: the prompt, with one ``{}`` for the class.
+        masks_per_pass: how many masks at most enter a network at once: the bound on memory.
+        working_size: side in pixels of the square that images are refined at.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        features: FeatureExtractor | None,
+        steps: Sequence[UpdateStep] | None = None,
+        *,
+        seed: int = 0,
+        prompt_template: str = "A photo of {}",
+        masks_per_pass: int = 8,
+        working_size: int | None = None,
+    ) -> None:
+        """Put loaded parts together.
+
+        Args:
+            generator: the text-to-image model, on its device.
+            features: a loaded feature extractor on the same device.
+            steps: the updates, in order; None for the paper's one.
+            seed: the run's seed.
+            prompt_template: the prompt, with one ``{}`` for the class.
+            masks_per_pass: how many masks at most enter a network at once.
+            working_size: side of the working square in pixels; None for the generator's own.
+        """
+        self.generator = generator
+        self.features = features
+        self.steps = (Correspondence(),) if steps is None else tuple(steps)
+        self.seed = seed
+        self.prompt_template = prompt_template
+        self.masks_per_pass = masks_per_pass
+        self.working_size = working_size or generator.image_size
+        self._prompt_embeddings: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        features: DenseFeatures | None = None,
+        steps: Sequence[UpdateStep] | None = None,
+        device: str | torch.device | None = None,
+        dtype: NumberFormat = "auto",
+        variant: str | None = None,
+        seed: int = 0,
+        prompt_template: str = "A photo of {}",
+        masks_per_pass: int = 8,
+    ) -> "G4SegRefiner":
+        """Load a Stable Diffusion 1.x or 2.x model.
+
+        Args:
+            model: a diffusers folder or hub id.
+            features: the feature extractor; None shares the model's own autoencoder.
+            steps: the updates, in order; None for the paper's one.
+            device: where to run; None takes a GPU if there is one.
+            dtype: number format; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+            variant: the weight files' variant, such as ``fp16``.
+            seed: the run's seed.
+            prompt_template: the prompt, with one ``{}`` for the class.
+            masks_per_pass: how many masks at most enter a network at once.
+
+        Raises:
+            ConfigurationError: a model cannot be loaded; the message names the remedy.
+        """
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        number_format = resolve_dtype(dtype, place)
+        generator = StableDiffusion.from_pretrained(str(model), number_format, variant).to(place)
+        features = VAEFeatures() if features is None else features
+        features.load(generator.vae)
+        features.to(place, number_format)
+        return cls(
+            generator,
+            features,
+            steps,
+            seed=seed,
+            prompt_template=prompt_template,
+            masks_per_pass=masks_per_pass,
+        )
+
+    def refine(
+        self,
+        image: PictureLike,
+        masks: Mapping[str, MaskLike],
+        *,
+        image_id: str = "image",
+        callback: Callable[[RefinementState], None] | None = None,
+    ) -> dict[str, MaskLike]:
+        """Return each class's refined mask, of the same kind and size as it came.
+
+        Args:
+            image: a PIL image, an array ``(H, W, 3)`` or ``(H, W)``, or a tensor ``(3, H, W)``;
+                8 bits, or floating point in [0, 1].
+            masks: by class name, each a PIL image, an array or a tensor ``(H, W)``: floating
+                point in [0, 1], boolean, integers 0 and 1 only, or 8 bits up to 255.
+            image_id: the image's name; noise depends on it.
+            callback: sees the working-size state after every step.
+
+        Returns:
+            Soft masks in [0, 1]: PIL images of mode F, arrays or tensors of the given floating
+            type, float32 if it was none.
+
+        Raises:
+            BadItemError: image or mask cannot be used; the message says why.
+        """
+        pixels = picture_to_tensor(image)
+        size = (pixels.shape[1], pixels.shape[2])
+        if not masks:
+            message = "masks is empty; give at least one class name with its mask"
+            raise BadItemError(message)
+        scores = torch.stack([mask_to_tensor(mask, name, size) for name, mask in masks.items()])
+        seed = Seed(tuple(range(1, len(masks) + 1)), scores)
+        sample = Sample(image_id, pixels, seed, tuple(masks))
+        refined = self.refine_samples([sample], callback)[0]
+        pairs = zip(masks.items(), refined, strict=True)
+        return {name: tensor_like(result, mask) for (name, mask), result in pairs}
+
+    def refine_samples(
+        self,
+        samples: Sequence[Sample],
+        callback: Callable[[RefinementState], None] | None = None,
+    ) -> list[Tensor]:
+        """Return the refined foreground of every sample at native size.
+
+        Args:
+            samples: images of any sizes with any number of masks, none included.
+            callback: sees the working-size state after every step; masks are those of the
+                samples one after the other.
+
+        Returns:
+            Float32 ``(K, H, W)`` in [0, 1] on the CPU, one tensor a sample.
+        """
+        seeds = [sample.seed.scores.float().cpu() for sample in samples]
+        occupied = [index for index, seed in enumerate(seeds) if len(seed)]
+        if not occupied:
+            return seeds
+        size = (self.working_size, self.working_size)
+        before = [masks_to_working(seeds[index], size) for index in occupied]
+        context = self._context([samples[index] for index in occupied])
+        after = refine(torch.cat(before).to(context.images.device), context, self.steps, callback)
+        parts = torch.split(after.float().cpu(), [len(part) for part in before])
+        for index, start, end in zip(occupied, before, parts, strict=True):
+            seeds[index] = apply_change(seeds[index], start, end)
+        return seeds
+
+    def _context(self, samples: Sequence[Sample]) -> RefinementContext:
+        size = (self.working_size, self.working_size)
+        device = self.generator.alphas_cumprod.device
+        images = torch.stack([image_to_working(sample.image, size) for sample in samples])
+        counts = torch.tensor([len(sample.class_names) for sample in samples])
+        return RefinementContext(
+            images=images.to(device),
+            image_ids=tuple(sample.image_id for sample in samples),
+            class_names=tuple(name for sample in samples for name in sample.class_names),
+            owner=torch.arange(len(samples)).repeat_interleave(counts).to(device),
+            generator=self.generator,
+            features=self.features,
+            seed=self.seed,
+            prompt_template=self.prompt_template,
+            masks_per_pass=self.masks_per_pass,
+            prompt_embeddings=self._prompt_embeddings,
+        )

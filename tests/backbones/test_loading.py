@@ -1,0 +1,88 @@
+"""Loading part by part, and refusing what cannot work before any weights load."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from g4seg_pl.backbones.loading import check_model, load_components, resolve_dtype
+from g4seg_pl.types import ConfigurationError
+
+
+@pytest.fixture
+def broken_folder(sd1_folder: Path, tmp_path: Path) -> Path:
+    """A copy of a model that a test may damage; its weights are no weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(sd1_folder, folder)
+    for weights in folder.rglob("*.safetensors"):
+        weights.write_bytes(b"not weights: reading them fails")
+    return folder
+
+
+def edit_unet(folder: Path, **changes: Any) -> None:
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_part_is_named_with_the_remedy(broken_folder: Path, part: str) -> None:
+    shutil.rmtree(broken_folder / part)
+    with pytest.raises(ConfigurationError, match=f"no {part}/.*give the folder of a whole") as info:
+        load_components(str(broken_folder), torch.float32)
+    assert str(broken_folder) in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"addition_embed_type": "text_time"}, "SDXL"),
+        ({"in_channels": 9}, "9 input and 4 output"),
+        ({"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
+    ],
+)
+def test_other_kinds_of_models_are_refused(
+    broken_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_unet(broken_folder, **changes)
+    with pytest.raises(ConfigurationError, match=message):
+        load_components(str(broken_folder), torch.float32)
+
+
+def test_weights_that_cannot_be_read_are_named(broken_folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match="its unet cannot be loaded"):
+        load_components(str(broken_folder), torch.float32)
+
+
+@pytest.mark.parametrize("model", ["no/such/folder", "nowhere", "/tmp/../nothing", ""])
+def test_what_is_neither_folder_nor_hub_id_is_refused(model: str) -> None:
+    with pytest.raises(ConfigurationError, match="is no folder; give a diffusers folder or a hub"):
+        check_model(model)
+
+
+# diffusers passes huggingface_hub an argument it no longer takes.
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+def test_a_hub_id_that_cannot_be_reached_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="model nobody/nothing: its unet cannot be loaded"):
+        check_model("nobody/nothing")
+
+
+def test_a_home_folder_is_found(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(sd1_folder.parent))
+    load_components("~/sd1", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_have_the_number_format_asked_for(sd2_folder: Path, dtype: torch.dtype) -> None:
+    parts = load_components(str(sd2_folder), dtype)
+    for network in (parts.unet, parts.vae, parts.text_encoder):
+        assert {weight.dtype for weight in network.parameters()} == {dtype}
+    assert parts.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_automatic_number_format_follows_the_device() -> None:
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16

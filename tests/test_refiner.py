@@ -1,0 +1,146 @@
+"""The two-line object, end to end on tiny models."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from g4seg_pl.core.steps import Blur, Correspondence
+from g4seg_pl.features.open_clip import OpenClipFeatures
+from g4seg_pl.refiner import G4SegRefiner
+from g4seg_pl.types import BadItemError, ConfigurationError, Sample, Seed
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+MASK = RNG.random((50, 70)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def refiner(sd1_folder: Path) -> G4SegRefiner:
+    return G4SegRefiner.from_pretrained(str(sd1_folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def refined(refiner: G4SegRefiner) -> np.ndarray:
+    return refiner.refine(PIXELS, {"dog": MASK})["dog"]
+
+
+def sample_of(name: str, height: int, width: int, classes: tuple[str, ...]) -> Sample:
+    draw = torch.Generator().manual_seed(len(name) + height)
+    image = torch.randint(0, 256, (3, height, width), generator=draw, dtype=torch.uint8)
+    scores = torch.rand(len(classes), height, width, generator=draw)
+    return Sample(name, image, Seed(tuple(range(1, len(classes) + 1)), scores), classes)
+
+
+@pytest.mark.parametrize("folder", ["sd1_folder", "sd2_folder"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_lines_refine_a_mask(
+    folder: str, dtype: Any, clip_folder: Path, request: pytest.FixtureRequest
+) -> None:
+    model = str(request.getfixturevalue(folder))
+    features = OpenClipFeatures(str(clip_folder), image_size=64)
+    refiner = G4SegRefiner.from_pretrained(model, features=features, dtype=dtype)
+    found = refiner.refine(PIXELS, {"dog": MASK, "zebra disc": 1 - MASK})
+    assert list(found) == ["dog", "zebra disc"]
+    for mask in found.values():
+        assert mask.shape == (50, 70)
+        assert mask.min() >= 0
+        assert mask.max() <= 1
+    assert not np.array_equal(found["dog"], MASK)
+
+
+def test_only_uncertain_pixels_change_by_default(refined: np.ndarray) -> None:
+    # At working size the mask is smoothed, so that a sure pixel may count as uncertain; but no
+    # change exceeds what β leaves.
+    change = np.abs(refined - MASK)
+    assert 0 < change.max() <= 0.1 + 1e-6
+
+
+def test_arrays_pictures_and_tensors_give_the_same(
+    refiner: G4SegRefiner, refined: np.ndarray
+) -> None:
+    picture = refiner.refine(Image.fromarray(PIXELS), {"dog": Image.fromarray(MASK)})["dog"]
+    assert picture.mode == "F"
+    assert picture.size == (70, 50)
+    np.testing.assert_array_equal(np.array(picture), refined)
+    pixels = torch.from_numpy(PIXELS).permute(2, 0, 1)
+    tensor = refiner.refine(pixels, {"dog": torch.from_numpy(MASK).double()})["dog"]
+    assert tensor.dtype == torch.float64
+    np.testing.assert_array_equal(tensor.numpy(), refined)
+
+
+def test_classes_do_not_touch_each_other(refiner: G4SegRefiner, refined: np.ndarray) -> None:
+    found = refiner.refine(PIXELS, {"cat": 1 - MASK, "dog": MASK})
+    np.testing.assert_allclose(found["dog"], refined, atol=1e-5)
+
+
+def test_the_result_does_not_depend_on_the_batch(refiner: G4SegRefiner) -> None:
+    samples = [
+        sample_of("a", 40, 60, ("dog", "cat")),
+        sample_of("b", 30, 30, ()),
+        sample_of("c", 64, 64, ("zebra disc",)),
+        sample_of("d", 90, 33, ("dog", "cat", "car")),
+    ]
+    together = refiner.refine_samples(samples)
+    assert [tuple(masks.shape) for masks in together] == [
+        (2, 40, 60),
+        (0, 30, 30),
+        (1, 64, 64),
+        (3, 90, 33),
+    ]
+    backwards = refiner.refine_samples(samples[::-1])[::-1]
+    for sample, masks, reversed_masks in zip(samples, together, backwards, strict=True):
+        alone = refiner.refine_samples([sample])[0]
+        torch.testing.assert_close(alone, masks, rtol=0, atol=1e-5)
+        torch.testing.assert_close(reversed_masks, masks, rtol=0, atol=1e-5)
+        assert masks.dtype == torch.float32
+
+
+def test_beta_one_returns_the_very_mask(sd1_folder: Path) -> None:
+    steps = [Correspondence(beta=1.0), Correspondence(beta=1.0, all_classes_at_once=True)]
+    refiner = G4SegRefiner.from_pretrained(str(sd1_folder), steps=steps)
+    np.testing.assert_array_equal(refiner.refine(PIXELS, {"dog": MASK})["dog"], MASK)
+
+
+def test_the_seed_of_the_run_and_the_image_id_choose_the_noise(
+    refiner: G4SegRefiner, sd1_folder: Path, refined: np.ndarray
+) -> None:
+    again = refiner.refine(PIXELS, {"dog": MASK})["dog"]
+    np.testing.assert_array_equal(again, refined)
+    other_id = refiner.refine(PIXELS, {"dog": MASK}, image_id="another")["dog"]
+    other_seed = G4SegRefiner.from_pretrained(str(sd1_folder), seed=1)
+    other_noise = other_seed.refine(PIXELS, {"dog": MASK})["dog"]
+    assert not np.array_equal(other_id, refined)
+    assert not np.array_equal(other_noise, refined)
+
+
+def test_the_callback_sees_the_generated_image(refiner: G4SegRefiner) -> None:
+    seen: list[Any] = []
+    refiner.refine(PIXELS, {"dog": MASK}, callback=seen.append)
+    assert seen[0].artifacts["generated"].shape == (1, 3, 64, 64)
+
+
+def test_steps_can_be_put_together(sd1_folder: Path) -> None:
+    refiner = G4SegRefiner.from_pretrained(str(sd1_folder), steps=[Blur(3.0)])
+    found = refiner.refine(PIXELS, {"dog": MASK})["dog"]
+    assert found.std() < MASK.std()
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_works_in_inference_mode(refiner: G4SegRefiner, device: str, refined: np.ndarray) -> None:
+    with torch.inference_mode():
+        found = refiner.refine(PIXELS, {"dog": MASK})["dog"]
+    np.testing.assert_allclose(found, refined, atol=1e-6)
+
+
+def test_without_masks_it_says_so(refiner: G4SegRefiner) -> None:
+    with pytest.raises(BadItemError, match="masks is empty"):
+        refiner.refine(PIXELS, {})
+
+
+def test_a_model_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="is no folder"):
+        G4SegRefiner.from_pretrained("/no/such/model")
