@@ -1,0 +1,174 @@
+"""The LightningDataModule all data sets share: items, seeds, labels, loaders."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from datamodules.classes import ClassList, read_class_list
+from datamodules.images import Orientation
+from datamodules.items import Item, check_unique, take_shard
+from datamodules.labels import FileLabels, LabelSource, XmlLabels
+from datamodules.reading import ItemDataset, ItemReader
+from datamodules.seed_files.maps import Dialect, ReadOptions
+from datamodules.seed_files.source import SeedSource, open_seeds
+from datamodules.truth import TruthOptions
+from g4seg_pl.types import ConfigurationError, FailedSample, Sample
+
+
+class SeedDataModule(LightningDataModule, ABC):
+    """Images with coarse masks; subclasses list the items of one layout on disk.
+
+    A batch is a list of `Sample` and `FailedSample`: images keep their own sizes, and an item
+    that cannot be used travels on as its complaint instead of ending the run.
+
+    Args:
+        root: folder of the data set.
+        seeds: folder of seed files, one per image, or one COCO JSON file. None only where
+            `labels` is given, for models that make seeds: maps are then zero.
+        class_names: class list, a file or the name of a bundled one; None takes the data set's.
+        labels: image-level labels: `seed` (the seed's own classes), `annotations`, or a file
+            (see `datamodules.labels`).
+        dialect: dialect of the seed files; `auto` detects it.
+        seed_options: what the seed files do not say themselves.
+        orientation: `stored` leaves images as they are in the file, `exif` turns them.
+        batch_size: images per batch.
+        num_workers: reading processes; 0 reads in the main process.
+        shard: `i/n` keeps every n-th item from the i-th on, i from 1 to n.
+    """
+
+    bundled_classes: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        root: str | Path,
+        seeds: str | Path | None = None,
+        class_names: str | Path | None = None,
+        labels: str = "seed",
+        dialect: Dialect | Literal["auto"] = "auto",
+        seed_options: ReadOptions | None = None,
+        orientation: Orientation = "stored",
+        batch_size: int = 4,
+        num_workers: int = 2,
+        shard: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root)
+        self.seeds = None if seeds is None else Path(seeds)
+        self.class_names, self.labels = class_names, labels
+        self.dialect, self.seed_options = dialect, seed_options
+        self.orientation: Orientation = orientation
+        self.batch_size, self.num_workers, self.shard = batch_size, num_workers, shard
+        self._excluded: frozenset[str] = frozenset()
+        self._listed: tuple[Item, ...] | None = None
+
+    @abstractmethod
+    def list_items(self) -> list[Item]:
+        """Every item of the split, in order; ConfigurationError names what was looked for."""
+
+    @property
+    def annotations(self) -> Path | None:
+        """Folder of VOC-type XML annotations, if the layout has one."""
+        return None
+
+    @property
+    def truth_options(self) -> TruthOptions:
+        """The numbering of the ground truth."""
+        return TruthOptions()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Lists the items and opens seeds and labels; runs once, before any model is loaded.
+
+        Raises:
+            ConfigurationError: a folder, list or class list is missing, or options disagree.
+        """
+        if self._listed is not None:
+            return
+        self.class_list = self._read_classes()
+        items = self.list_items()
+        check_unique(items)
+        self.reader = ItemReader(
+            classes=self.class_list,
+            seeds=self._open_seeds(),
+            labels=self._open_labels(),
+            orientation=self.orientation,
+            truth=self.truth_options,
+        )
+        self._listed = tuple(take_shard(items, self.shard))
+
+    def _read_classes(self) -> ClassList:
+        source = self.class_names or self.bundled_classes
+        if source is None:
+            message = "class_names: None given, and this data set has no class list of its own"
+            raise ConfigurationError(message)
+        return read_class_list(source)
+
+    def _open_seeds(self) -> SeedSource | None:
+        if self.seeds is not None:
+            return open_seeds(self.seeds, self.class_list, self.dialect, self.seed_options)
+        if self.labels == "seed":
+            message = "seeds: None given; give the folder of seed files, or labels to make seeds of"
+            raise ConfigurationError(message)
+        return None
+
+    def _open_labels(self) -> LabelSource | None:
+        if self.labels == "seed":
+            return None
+        if self.labels != "annotations":
+            return FileLabels(Path(self.labels), self.class_list)
+        if self.annotations is None:
+            message = "labels: this layout has no annotations; give seed, or the file of labels"
+            raise ConfigurationError(message)
+        return XmlLabels(self.annotations, self.class_list)
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The items of this shard that are not excluded, in order."""
+        if self._listed is None:
+            self.setup()
+        listed = self._listed or ()
+        return tuple(item for item in listed if item.image_id not in self._excluded)
+
+    def exclude(self, ids: Collection[str]) -> None:
+        """Leaves out items that are finished already; to be called before a loader is made.
+
+        Args:
+            ids: image ids; those that are not listed do not matter.
+        """
+        self._excluded |= frozenset(ids)
+
+    def predict_dataloader(self) -> DataLoader[Sample | FailedSample]:
+        """All items, without ground truth."""
+        return self._loader(with_truth=False)
+
+    def test_dataloader(self) -> DataLoader[Sample | FailedSample]:
+        """All items with ground truth.
+
+        Raises:
+            ConfigurationError: the split has no ground truth at all.
+        """
+        if self.items and not any(item.truth for item in self.items):
+            message = "test: these items have no ground truth; use predict, or give its folder"
+            raise ConfigurationError(message)
+        return self._loader(with_truth=True)
+
+    def _loader(self, *, with_truth: bool) -> DataLoader[Sample | FailedSample]:
+        return DataLoader(
+            ItemDataset(self.items, self.reader, with_truth=with_truth),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=list,
+        )
+
+    def transfer_batch_to_device(
+        self, batch: list[Sample | FailedSample], device: torch.device, dataloader_idx: int
+    ) -> list[Sample | FailedSample]:
+        """Leaves the batch where it is.
+
+        Lightning's own transfer refuses frozen dataclasses, and the model moves what it needs.
+        """
+        return batch

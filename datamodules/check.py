@@ -1,0 +1,105 @@
+"""`g4seg check`: everything that is missing, all at once, before a long run starts."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+# Only typing here: the command line's help must not wait for torch.
+if TYPE_CHECKING:
+    from datamodules.base import SeedDataModule
+    from datamodules.items import Item
+
+SHOWN = 20
+"""So many complaints are printed; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a data set holds and lacks.
+
+    Attributes:
+        images: number of items, in this shard.
+        with_truth: how many of them have a ground-truth file.
+        complaints: what is missing or unreadable, by image id.
+        histogram: images per class name; empty where neither labels nor a full check tell.
+    """
+
+    images: int
+    with_truth: int
+    complaints: dict[str, tuple[str, ...]]
+    histogram: dict[str, int]
+
+    def lines(self, seconds_per_image: float | None = None) -> list[str]:
+        """The report as text, with the time a run will take where a speed is given."""
+        counts = f"{self.images} images, {self.with_truth} with ground truth"
+        text = [f"{counts}, {len(self.complaints)} unusable"]
+        for complaint in [line for lines in self.complaints.values() for line in lines][:SHOWN]:
+            text.append(f"  {complaint}")
+        if len(self.complaints) > SHOWN:
+            text.append(f"  and {len(self.complaints) - SHOWN} more images")
+        text += [f"  {count:6d} {name}" for name, count in self.histogram.items()]
+        if seconds_per_image is not None:
+            hours = self.images * seconds_per_image / 3600
+            text.append(f"about {hours:.1f} h at {seconds_per_image:.2g} s per image")
+        return text
+
+
+def inspect(data: "SeedDataModule", *, truth: bool = False, full: bool = False) -> CheckReport:
+    """Looks at every item of a data module.
+
+    Args:
+        data: the data module; it is set up if it was not.
+        truth: also ground truth must be there, and of the image's size.
+        full: decodes everything as a run would; otherwise names and headers only.
+
+    Raises:
+        ConfigurationError: as `SeedDataModule.setup`.
+    """
+    data.setup()
+    complaints: dict[str, tuple[str, ...]] = {}
+    counts: Counter[int] = Counter()
+    for item in data.items:
+        found, class_ids = _inspect(data, item, truth=truth, full=full)
+        counts.update(class_ids)
+        if found:
+            complaints[item.image_id] = tuple(found)
+    names = data.class_list.names
+    histogram = {names[class_id - 1]: counts[class_id] for class_id in sorted(counts)}
+    truths = sum(item.truth is not None and item.truth.is_file() for item in data.items)
+    return CheckReport(len(data.items), truths, complaints, histogram)
+
+
+def _inspect(
+    data: "SeedDataModule", item: "Item", *, truth: bool, full: bool
+) -> tuple[list[str], tuple[int, ...]]:
+    """Complaints about an item, and the classes known to be in it."""
+    from g4seg_pl.types import BadItemError
+
+    if not full:
+        return data.reader.check(item, with_truth=truth)
+    try:
+        return [], data.reader.read(item, with_truth=truth).seed.class_ids
+    except (BadItemError, OSError) as error:
+        return [str(error)], ()
+
+
+def check(
+    data: "SeedDataModule",
+    truth: bool = False,
+    full: bool = False,
+    seconds_per_image: float | None = None,
+) -> int:
+    """Prints counts, everything that is missing, and the class histogram.
+
+    Args:
+        data: the data module.
+        truth: also ground truth must be there, and of the image's size.
+        full: decodes everything as a run would; otherwise names and headers only.
+        seconds_per_image: speed of the run to come, to say how long it will take.
+
+    Returns:
+        Exit code: 0 if every item can be used, 1 otherwise.
+    """
+    report = inspect(data, truth=truth, full=full)
+    print("\n".join(report.lines(seconds_per_image)))
+    return 1 if report.complaints or not report.images else 0

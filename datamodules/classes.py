@@ -1,0 +1,92 @@
+"""Class lists: data-set names, the names put into prompts, and synonyms, from small text files."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from g4seg_pl.types import ConfigurationError
+
+BUNDLED = Path(__file__).parent / "class_names"
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """The foreground classes of a data set; class id 1 is the first, 0 is the background.
+
+    Attributes:
+        names: as the data set writes them, in annotations and reports.
+        prompts: as put into the prompt, one per class.
+        synonyms: other names accepted for each class when annotations are read.
+    """
+
+    names: tuple[str, ...]
+    prompts: tuple[str, ...]
+    synonyms: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        """The number of foreground classes."""
+        return len(self.names)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        every = zip(self.names, self.prompts, self.synonyms, strict=True)
+        return {
+            _folded(name): class_id
+            for class_id, (name, prompt, synonyms) in enumerate(every, start=1)
+            for name in (*synonyms, prompt, name)
+        }
+
+    def prompt(self, class_id: int) -> str:
+        """The name put into the prompt for a class id (1-based)."""
+        return self.prompts[class_id - 1]
+
+    def find(self, name: str) -> int | None:
+        """The class id (1-based) of a name, prompt name or synonym; None if it is unknown.
+
+        Case, underscores and hyphens do not count.
+        """
+        return self._ids.get(_folded(name))
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
+
+
+def _locate(source: str | Path) -> Path:
+    """A bundled list by its bare name, otherwise a file."""
+    bundled = BUNDLED / f"{source}.txt"
+    if len(Path(source).parts) == 1 and bundled.is_file():
+        return bundled
+    if Path(source).is_file():
+        return Path(source)
+    known = ", ".join(sorted(path.stem for path in BUNDLED.glob("*.txt")))
+    message = f"class_names: no file {source} and no bundled list of that name (known: {known})"
+    raise ConfigurationError(message)
+
+
+def read_class_list(source: str | Path) -> ClassList:
+    """Reads a class list.
+
+    One class a line in the order of the label values, from 1 and without the background:
+    `name | prompt name | synonym | ...`; the prompt name is the name where it is left out. Empty
+    lines and lines that start with `#` are skipped.
+
+    Args:
+        source: a text file, or the name of a bundled list, such as `voc`.
+
+    Raises:
+        ConfigurationError: there is no such file, it lists no class, or one name twice.
+    """
+    path = _locate(source)
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        [field.strip() for field in line.split("|")]
+        for line in lines
+        if line and not line.startswith("#")
+    ]
+    names = tuple(row[0] for row in rows)
+    if not names or "" in names or len({_folded(name) for name in names}) < len(names):
+        message = f"class_names: {path} must list at least one class, each name once"
+        raise ConfigurationError(message)
+    prompts = tuple(row[1] if len(row) > 1 and row[1] else row[0] for row in rows)
+    return ClassList(names, prompts, tuple(tuple(filter(None, row[2:])) for row in rows))

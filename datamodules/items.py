@@ -1,0 +1,124 @@
+"""The list of a data set: ids, their safety, list files and shards."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from g4seg_pl.types import BadItemError, ConfigurationError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a data set, as listed; no file has been opened.
+
+    Attributes:
+        image_id: names the image's seed and its outputs.
+        image: the picture.
+        truth: its ground truth, if the data set has any.
+    """
+
+    image_id: str
+    image: Path
+    truth: Path | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a list file.
+
+    Attributes:
+        image_id: bare name, or the stem of the image path.
+        image: path of the image relative to the root, if the line gives it.
+        truth: path of the ground truth relative to the root, if the line gives it.
+    """
+
+    image_id: str
+    image: str | None = None
+    truth: str | None = None
+
+
+def check_id(image_id: str) -> None:
+    """Refuses ids that would lead out of a folder when joined to it.
+
+    Raises:
+        BadItemError: empty, `..`, or with a slash, a backslash or control characters in it.
+    """
+    strange = re.search(r"[/\\\x00-\x1f\x7f]|^~|^[A-Za-z]:", image_id)
+    if strange or image_id in ("", ".", ".."):
+        message = f"image id {image_id!r}: not a plain file name. Rename the image and its entry"
+        raise BadItemError(message)
+
+
+def parse_line(line: str) -> Line:
+    """One line of a list: an id, or the paths of image and truth; further fields are skipped.
+
+    Paths are relative to the root of the data set also where they begin with a slash.
+    """
+    first, *rest = line.split()
+    path = PurePosixPath(first)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return Line(first)
+    truth = rest[0].lstrip("/") if rest and rest[0].lower().endswith(".png") else None
+    if len(path.parts) == 1:
+        return Line(path.stem, None, truth)
+    if ".." in path.parts:
+        return Line(first)  # refused as an id when the item is read
+    return Line(path.stem, first.lstrip("/"), None if truth and ".." in truth else truth)
+
+
+def read_list(path: Path) -> list[Line]:
+    """Reads a list file.
+
+    Raises:
+        ConfigurationError: there is no such file, or it is empty or no text.
+    """
+    if not path.is_file():
+        message = f"split: no list file {path}"
+        raise ConfigurationError(message)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        message = f"split: {path} is not a text file of ids: {error}"
+        raise ConfigurationError(message) from error
+    entries = [parse_line(line) for line in lines if line.strip()]
+    if not entries:
+        message = f"split: the list file {path} is empty"
+        raise ConfigurationError(message)
+    return entries
+
+
+def check_unique(items: list[Item]) -> None:
+    """Refuses two images of one id: they would share one output file.
+
+    Raises:
+        ConfigurationError: naming the first few.
+    """
+    counts = Counter(item.image_id for item in items)
+    if twice := [image_id for image_id, count in counts.items() if count > 1]:
+        message = f"{len(twice)} ids are listed twice, among them {twice[:3]}: list each image once"
+        raise ConfigurationError(message)
+
+
+def take_shard(items: list[Item], shard: str | None) -> list[Item]:
+    """The items of shard `i/n`, i from 1 to n: every n-th, so that shards are alike.
+
+    Raises:
+        ConfigurationError: `shard` is not of that form.
+    """
+    if shard is None:
+        return items
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= index <= count:
+        message = f"shard: {shard!r} is not i/n with i from 1 to n, such as 1/4"
+        raise ConfigurationError(message)
+    return items[index - 1 :: count]
+
+
+def find_image(folder: Path, image_id: str) -> Path:
+    """The picture of an id in a folder; the first suffix, `.jpg`, if there is none."""
+    paths = [folder / f"{image_id}{suffix}" for suffix in IMAGE_SUFFIXES]
+    return next((path for path in paths if path.is_file()), paths[0])

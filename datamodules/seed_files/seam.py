@@ -1,0 +1,107 @@
+"""SEAM, MCTformer, WeakTr: one entry per class, `{class id: (H, W)}`.
+
+Class activation maps have 0-based ids and no background (`seam`); `out_crf` files have the
+background at 0 and classes from 1 (`seam_crf`); WeakTr's second phase writes `{prob, keys}` with
+label values as keys (`weaktr`, OnlineRetraining/segm/eval/make_crf.py).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules.errors import bad_item
+from datamodules.seed_files.maps import SeedMaps, as_array, as_ids, as_maps
+
+MAPS_REACH = 0.99
+"""Activation maps are divided by their maximum per class, so each one reaches 1."""
+
+
+def matches(content: Mapping[object, object]) -> bool:
+    """Whether every key of a dictionary is a class id."""
+    return bool(content) and all(isinstance(key, int | np.integer) for key in content)
+
+
+def matches_weaktr(content: Mapping[object, object]) -> bool:
+    """Whether a dictionary is of WeakTr's second phase."""
+    return "keys" in content and "prob" in content
+
+
+def _stack(content: Mapping[object, object], path: Path) -> NDArray[np.floating[Any]]:
+    arrays = [as_array(value, path, f"entry {key}") for key, value in content.items()]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        raise bad_item(path, f"entries of several shapes {shapes}", "Make this seed again")
+    return as_maps(np.stack(arrays) if arrays else np.empty((0, 1, 1)), path, "the stacked maps")
+
+
+def has_background(content: Mapping[object, object], path: Path) -> bool:
+    """Whether entry 0 is the background; decided by the values, since ids alone do not tell.
+
+    After dCRF all entries together sum to one at every pixel; activation maps each reach one.
+
+    Raises:
+        BadItemError: neither holds, so that entry 0 may be the background or the first class.
+    """
+    if 0 not in content:
+        return False
+    maps = _stack(content, path).astype(np.float32)
+    sums_to_one = bool(np.abs(maps.sum(axis=0) - 1).max(initial=0.0) < 0.01)
+    each_reaches_one = bool((maps.max(axis=(1, 2), initial=0.0) >= MAPS_REACH).all())
+    if len(maps) > 1 and sums_to_one:
+        return True
+    if each_reaches_one:
+        return False
+    problem = "entry 0 may be the background (out_crf) or the first class (activation maps)"
+    raise bad_item(path, problem, "Say which by dialect=seam_crf or dialect=seam")
+
+
+def read(content: Mapping[object, object], path: Path, *, background: bool) -> SeedMaps:
+    """Reads the dictionary.
+
+    Args:
+        content: maps by class id.
+        path: the file, for errors.
+        background: entry 0 is the background, which is left out, and classes count from 1.
+    """
+    kept = {key: value for key, value in content.items() if not (background and key == 0)}
+    ids = as_ids(list(kept), path, "class ids", first=1 if background else 0)
+    return SeedMaps("seam_crf" if background else "seam", ids, _stack(kept, path))
+
+
+def read_weaktr(content: Mapping[object, object], path: Path) -> SeedMaps:
+    """Reads WeakTr's second phase; the map with key 0, the background, is left out."""
+    ids = as_ids(content["keys"], path, "keys", first=1)
+    maps = as_maps(content["prob"], path, "prob")
+    if len(ids) != len(maps):
+        raise bad_item(path, f"{len(ids)} keys for {len(maps)} maps in prob", "Write it again")
+    kept = [index for index, class_id in enumerate(ids) if class_id != 0]
+    return SeedMaps("weaktr", tuple(ids[index] for index in kept), maps[kept])
+
+
+def write(stream: BinaryIO, class_ids: tuple[int, ...], scores: NDArray[np.floating[Any]]) -> None:
+    """Writes what the `evaluation.py` of SEAM, MCTformer and WeakTr reads.
+
+    Args:
+        stream: a file opened for writing bytes.
+        class_ids: label values, 1-based.
+        scores: probabilities ``(K, H, W)`` at the image's size.
+    """
+    maps = scores.astype(np.float16)
+    content = {class_id - 1: maps[index] for index, class_id in enumerate(class_ids)}
+    np.save(stream, content, allow_pickle=True)  # type: ignore[arg-type]
+
+
+def write_crf(
+    stream: BinaryIO, class_ids: tuple[int, ...], scores: NDArray[np.floating[Any]]
+) -> None:
+    """Writes an `out_crf` dictionary: background at 0, then classes, summing to one.
+
+    The background is what the strongest class leaves, 1 - max, before normalisation.
+    """
+    full = np.concatenate([1 - scores.max(axis=0, keepdims=True), scores]).astype(np.float32)
+    full = (full / full.sum(axis=0, keepdims=True)).astype(np.float16)
+    content = {class_id: full[index] for index, class_id in enumerate((0, *class_ids))}
+    np.save(stream, content, allow_pickle=True)  # type: ignore[arg-type]

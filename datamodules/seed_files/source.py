@@ -1,0 +1,130 @@
+"""Where the seeds of a data set come from: a folder of files, or one COCO JSON file."""
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+from datamodules.classes import ClassList
+from datamodules.errors import bad_item
+from datamodules.seed_files.coco import CocoFile
+from datamodules.seed_files.maps import Dialect, ReadOptions, check_classes
+from datamodules.seed_files.reading import SUFFIXES, read_maps, read_seed, select, to_seed
+from g4seg_pl.types import ConfigurationError, Seed
+
+
+class SeedSource(Protocol):
+    """The seeds of a data set, by image id."""
+
+    def read(self, image_id: str, size: tuple[int, int], labels: tuple[int, ...] | None) -> Seed:
+        """The seed of an image of height and width `size`; BadItemError if it cannot be used."""
+
+    def check(self, image_id: str) -> None:
+        """Raises BadItemError if an image has no seed; reads no maps."""
+
+
+class SeedFolder:
+    """Seed files named by image id in one folder.
+
+    Args:
+        folder: the folder.
+        classes: the class list of the data set.
+        dialect: forces one; `auto` detects it file by file.
+        options: what the files do not say themselves.
+
+    Raises:
+        ConfigurationError: there is no such folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        classes: ClassList,
+        dialect: Dialect | Literal["auto"] = "auto",
+        options: ReadOptions | None = None,
+    ) -> None:
+        if not folder.is_dir():
+            message = f"seeds: no folder {folder}; give the folder with one seed file per image"
+            raise ConfigurationError(message)
+        self._folder, self._classes = folder, classes
+        self._dialect, self._options = dialect, options or ReadOptions()
+
+    def path(self, image_id: str) -> Path:
+        """The seed file of an image.
+
+        Raises:
+            BadItemError: there is none, or more than one.
+        """
+        names = [self._folder / f"{image_id}{suffix}" for suffix in SUFFIXES]
+        found = [path for path in names if path.is_file()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            problem = f"several seeds: {', '.join(path.name for path in found)}"
+            raise bad_item(self._folder / image_id, problem, "Keep one of them in the folder")
+        remedy = "Make its seed, or leave the image out of the list"
+        problem = f"no seed file (looked for {', '.join(SUFFIXES)})"
+        raise bad_item(self._folder / image_id, problem, remedy)
+
+    def read(self, image_id: str, size: tuple[int, int], labels: tuple[int, ...] | None) -> Seed:
+        """The seed of an image of height and width `size`; BadItemError if it cannot be used."""
+        path = self.path(image_id)
+        return read_seed(path, size, len(self._classes), self._dialect, labels, self._options)
+
+    def read_unsized(self, image_id: str, labels: tuple[int, ...] | None) -> Seed:
+        """The seed of an image of unknown size, at its own size.
+
+        Raises:
+            BadItemError: it cannot be used, or its maps are smaller than the image.
+        """
+        path = self.path(image_id)
+        maps = read_maps(path, len(self._classes), self._dialect, labels, self._options)
+        if maps.resizable:
+            problem = "its maps are smaller than the image, whose size is unknown"
+            raise bad_item(path, problem, "Give the folder of images")
+        size = (maps.maps.shape[1], maps.maps.shape[2])
+        return to_seed(select(maps, labels, path), size, path)
+
+    def check(self, image_id: str) -> None:
+        """Raises BadItemError if an image has no seed file, an empty one, or several."""
+        path = self.path(image_id)
+        if path.stat().st_size == 0:
+            raise bad_item(path, "an empty file", "Make the seed of this image again")
+
+
+class CocoSeeds:
+    """The masks of one COCO JSON file as seeds.
+
+    Args:
+        path: the JSON file, a data set or a list of results.
+        classes: the class list of the data set.
+        options: `category_ids` where the file has no category names.
+    """
+
+    def __init__(self, path: Path, classes: ClassList, options: ReadOptions | None = None) -> None:
+        self._path, self._classes = path, classes
+        self._file = CocoFile(path, classes, options or ReadOptions())
+
+    def read(self, image_id: str, size: tuple[int, int], labels: tuple[int, ...] | None) -> Seed:
+        """The seed of an image of height and width `size`; BadItemError if it cannot be used."""
+        maps = self._file.read(image_id, size)
+        check_classes(maps, self._path, len(self._classes))
+        return to_seed(select(maps, labels, self._path), size, self._path)
+
+    def check(self, image_id: str) -> None:
+        """Raises BadItemError if an image has no mask."""
+        self._file.masks(image_id)
+
+
+def open_seeds(
+    path: Path,
+    classes: ClassList,
+    dialect: Dialect | Literal["auto"] = "auto",
+    options: ReadOptions | None = None,
+) -> SeedSource:
+    """Opens a folder of seed files, or a COCO JSON file.
+
+    Raises:
+        ConfigurationError: there is neither at `path`.
+    """
+    if path.suffix == ".json" and path.is_file():
+        return CocoSeeds(path, classes, options)
+    return SeedFolder(path, classes, dialect, options)

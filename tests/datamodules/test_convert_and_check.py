@@ -1,0 +1,150 @@
+"""The functions behind `g4seg convert` and `g4seg check`."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules import VOCDataModule
+from datamodules.check import check, inspect
+from datamodules.convert import SourceDialect, TargetDialect, convert
+from datamodules.seed_files import detect, read_seed
+from datamodules.seed_files.maps import Dialect
+from datamodules.seed_files.writing import WritableDialect
+from g4seg_pl.types import ConfigurationError
+
+Maker = Callable[..., Path]
+SIZE = (12, 17)
+ROUND = [dialect for dialect in get_args(TargetDialect) if dialect not in ("png", "seam_crf")]
+
+
+def test_the_names_of_dialects_agree() -> None:
+    assert get_args(SourceDialect) == ("auto", *get_args(Dialect))
+    assert get_args(TargetDialect) == get_args(WritableDialect)
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(ROUND, 2)])
+def test_any_dialect_becomes_any_other(
+    first: TargetDialect, second: TargetDialect, tmp_path: Path, save_seed: Maker
+) -> None:
+    original = read_seed(save_seed(tmp_path / "in" / "a.npy", [3, 15]), SIZE, 20)
+    assert convert(str(tmp_path / "in"), str(tmp_path / "one"), to_dialect=first) == 0
+    assert convert(str(tmp_path / "one"), str(tmp_path / "two"), first, second) == 0
+    (path,) = (tmp_path / "two").iterdir()
+    assert detect(path) == second
+    # Maps that peak below one half are absent from a plain array.
+    kept = [i for i, score in enumerate(original.scores) if score.max() >= 0.5]
+    seed = read_seed(path, SIZE, 20)
+    for class_id, score in zip(seed.class_ids, seed.scores, strict=True):
+        index = original.class_ids.index(class_id)
+        np.testing.assert_allclose(score, original.scores[index], atol=1 / 255)
+    assert {original.class_ids[index] for index in kept} <= set(seed.class_ids)
+
+
+def test_label_images(tmp_path: Path, save_seed: Maker, save_label: Maker) -> None:
+    save_seed(tmp_path / "in" / "a.npy", [3, 15])
+    with pytest.raises(ConfigurationError, match="background"):
+        convert(str(tmp_path / "in"), str(tmp_path / "out"), to_dialect="png")
+    assert convert(str(tmp_path / "in"), str(tmp_path / "out"), "auto", "png", background=0.7) == 0
+    with Image.open(tmp_path / "out" / "a.png") as image:
+        assert image.mode == "P"
+        assert set(np.unique(np.array(image))) == {0, 15}
+    assert convert(str(tmp_path / "out"), str(tmp_path / "irn"), "png", "irn") == 0
+    assert read_seed(tmp_path / "irn" / "a.npy", SIZE, 20).class_ids == (15,)
+
+
+def test_bad_files_are_named_and_skipped(
+    tmp_path: Path, save_seed: Maker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        save_seed(tmp_path / "in" / f"{name}.npy", [3])
+    (tmp_path / "in" / "b.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "in" / "notes.txt").write_text("no seed")
+    assert convert(str(tmp_path / "in"), str(tmp_path / "out"), to_dialect="npz") == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.npz", "c.npz"]
+    shown = capsys.readouterr().out
+    size = (tmp_path / "out" / "a.npz").stat().st_size
+    assert "b.npy" in shown
+    assert f"converted 2, skipped 1, {size} bytes per image as npz" in shown
+
+
+def test_reduced_resolution(tmp_path: Path, save_seed: Maker, save_image: Maker) -> None:
+    save_seed(tmp_path / "in" / "a.npy", [3])
+    save_image(tmp_path / "images" / "a.jpg")
+    arguments = (str(tmp_path / "in"), str(tmp_path / "out"))
+    with pytest.raises(ConfigurationError, match="stride"):
+        convert(*arguments, to_dialect="irn", stride=2)
+    assert convert(*arguments, to_dialect="npz", stride=4) == 0
+    with np.load(tmp_path / "out" / "a.npz") as content:
+        assert content["scores"].shape == (1, 3, 5)
+        assert content["image_size"].tolist() == list(SIZE)
+    back = (str(tmp_path / "out"), str(tmp_path / "back"), "npz", "clip_es")
+    assert convert(*back) == 1  # the size of the image is not known
+    assert convert(*back, images=str(tmp_path / "images")) == 0
+    assert read_seed(tmp_path / "back" / "a.npy", SIZE, 20).scores.shape == (1, *SIZE)
+
+
+def test_missing_folders(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="seeds: no folder"):
+        convert(str(tmp_path / "none"), str(tmp_path / "out"), to_dialect="npz")
+    (tmp_path / "in").mkdir()
+    assert convert(str(tmp_path / "in"), str(tmp_path / "out"), to_dialect="npz") == 1
+
+
+def test_check_of_a_sound_data_set(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = voc.parent.parent / "cam_out"
+    data = VOCDataModule(voc, seeds, labels="annotations", num_workers=0)
+    assert check(data, truth=True, seconds_per_image=3600) == 0
+    shown = capsys.readouterr().out
+    assert "2 images, 2 with ground truth, 0 unusable" in shown
+    assert "2 person" in shown
+    assert "about 2.0 h" in shown
+
+
+def test_check_reports_everything_at_once(
+    voc: Path, save_label: Maker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds = voc.parent.parent / "cam_out"
+    (seeds / "a.npy").unlink()
+    (voc / "JPEGImages" / "a.jpg").unlink()
+    (voc / "Annotations" / "a.xml").unlink()
+    Image.new("L", (5, 5)).save(voc / "SegmentationClassAug" / "d.png")
+    (seeds / "e.npy").write_bytes(b"")
+    data = VOCDataModule(voc, seeds, "train_aug", labels="annotations", num_workers=0)
+    report = inspect(data, truth=True)
+    assert {name: len(found) for name, found in report.complaints.items()} == {
+        "a": 3,
+        "d": 1,
+        "e": 1,
+    }
+    assert report.histogram == {"bird": 3, "person": 3}
+    assert check(data, truth=True) == 1
+    shown = capsys.readouterr().out
+    for word in ("a.jpg", "a.npy", "a.xml", "d.png", "e.npy"):
+        assert word.removesuffix(".npy") in shown
+
+
+def test_a_full_check_decodes_everything(voc: Path) -> None:
+    seeds = voc.parent.parent / "cam_out"
+    path = voc / "JPEGImages" / "a.jpg"
+    path.write_bytes(path.read_bytes()[:-60])
+    data = VOCDataModule(voc, seeds, num_workers=0)
+    assert inspect(data).complaints == {}
+    report = inspect(data, full=True)
+    assert list(report.complaints) == ["a"]
+    assert report.histogram == {"bird": 1, "person": 1}
+
+
+def test_importing_the_commands_is_quick() -> None:
+    """`g4seg --help` imports them for their signatures."""
+    code = (
+        "import sys, datamodules, datamodules.convert, datamodules.check; "
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
