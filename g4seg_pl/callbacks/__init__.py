@@ -1,0 +1,1 @@
+"""What happens around a prediction: writing, progress, dense CRF."""

@@ -1,0 +1,202 @@
+"""The folder a run writes: where things lie in it, and writing them so that no half file remains.
+
+::
+
+    OUT/run.json               what made it (run_record.py)
+    OUT/masks/<id>.png         indexed label file; its presence means that the image is finished
+    OUT/soft/<id>.npz or .npy  soft maps, if asked for
+    OUT/records.rank<k>.jsonl  one line an image: done or failed, and why
+"""
+
+import io
+import json
+import threading
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from g4seg_pl.callbacks.palette import label_image
+from g4seg_pl.types import BadItemError, RefinedMask
+
+SoftFormat = Literal["none", "npz", "clip_es", "irn"]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run went, over all its processes.
+
+    Attributes:
+        done: images finished by this run.
+        skipped: images found finished when it began.
+        failed: images that could not be refined, with the error of each.
+        total: images asked for.
+    """
+
+    done: int
+    skipped: int
+    failed: dict[str, str]
+    total: int
+
+    def __str__(self) -> str:
+        """The last line of a run."""
+        line = f"done {self.done} / skipped {self.skipped} / failed {len(self.failed)}"
+        left = self.total - self.done - self.skipped - len(self.failed)
+        return f"{line} / total {self.total}" + (f" ({left} not tried)" if left > 0 else "")
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """One output folder.
+
+    Attributes:
+        root: the folder; made when something is written.
+        soft: how soft maps are kept: ``none``, ``npz`` (``foreground`` float16 ``(K, H, W)`` and
+            ``class_ids``), or ``.npy`` dictionaries as CLIP-ES or IRN write them.
+    """
+
+    root: Path
+    soft: SoftFormat = "none"
+
+    @property
+    def run_json(self) -> Path:
+        """The run record."""
+        return self.root / "run.json"
+
+    def mask_path(self, image_id: str) -> Path:
+        """The label file of an image."""
+        return self.root / "masks" / f"{image_id}.png"
+
+    def soft_path(self, image_id: str) -> Path:
+        """The soft maps of an image."""
+        return self.root / "soft" / f"{image_id}.{'npz' if self.soft == 'npz' else 'npy'}"
+
+    def finished(self) -> set[str]:
+        """The ids of all finished images."""
+        masks = self.root / "masks"
+        paths = (path.relative_to(masks).as_posix() for path in masks.rglob("*.png"))
+        return {path.removesuffix(".png") for path in paths}
+
+    def make(self) -> None:
+        """Make the folders."""
+        (self.root / "masks").mkdir(parents=True, exist_ok=True)
+        if self.soft != "none":
+            (self.root / "soft").mkdir(exist_ok=True)
+
+    def forget(self, ids: Collection[str]) -> None:
+        """Remove the masks and soft maps of the given images, masks first."""
+        for image_id in ids:
+            self.mask_path(image_id).unlink(missing_ok=True)
+            for suffix in ("npz", "npy"):
+                (self.root / "soft" / f"{image_id}.{suffix}").unlink(missing_ok=True)
+
+    def save(self, mask: RefinedMask) -> None:
+        """Write the files of one image, the label file last.
+
+        Raises:
+            BadItemError: if the id is not a plain file name.
+            OSError: if the disk refuses.
+        """
+        require_file_name(mask.image_id)
+        if self.soft != "none":
+            write_atomically(
+                self.soft_path(mask.image_id), lambda file: self._save_soft(mask, file)
+            )
+        image = label_image(mask.label.numpy())
+        write_atomically(self.mask_path(mask.image_id), lambda file: image.save(file, format="PNG"))
+
+    def _save_soft(self, mask: RefinedMask, file: BinaryIO) -> None:
+        """Write the soft maps in the chosen format."""
+        if self.soft == "npz":
+            maps = mask.foreground.numpy().astype(np.float16)
+            np.savez_compressed(file, foreground=maps, class_ids=np.asarray(mask.class_ids))
+            return
+        from datamodules.seed_files import clip_es, irn
+
+        dialect = clip_es if self.soft == "clip_es" else irn
+        dialect.write(file, mask.class_ids, mask.foreground.numpy())
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let ``write`` fill a buffer, then write the file under a temporary name and rename it.
+
+    The temporary name is always the same for a file: after a kill, the next run overwrites it.
+    """
+    buffer = io.BytesIO()
+    write(buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(buffer.getbuffer())
+    temporary.replace(path)
+
+
+def require_file_name(image_id: str) -> None:
+    """Raise if an id cannot name a file below the output folder; it may have folders in it.
+
+    Raises:
+        BadItemError: names the id.
+    """
+    parts = image_id.split("/")
+    if "\\" in image_id or "\0" in image_id or any(part in ("", ".", "..") for part in parts):
+        msg = f"image id {image_id!r} is not a plain file name: rename the image or its list entry"
+        raise BadItemError(msg)
+
+
+class RecordFile:
+    """Append-only JSON lines of one process; every line is on disk when `add` returns.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+
+    def add(self, image_id: str, error: str | None = None, **details: Any) -> None:
+        """Append the record of one image; ``error`` makes it a failure."""
+        status = {"status": "failed", "error": error} if error else {"status": "done"}
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"id": image_id, **status, **details, "time": moment})
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def read_records(root: Path) -> Iterator[dict[str, Any]]:
+    """Every record of a folder, of all its processes and runs, in order of time."""
+    lines = [
+        line
+        for path in root.glob("records.*.jsonl")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    records = [record for line in lines if (record := _parsed(line)) is not None]
+    yield from sorted(records, key=lambda record: str(record["time"]))
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """One record; None for the last line of a killed process, which may be cut short."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"id", "time"} <= record.keys() else None
+
+
+def summarise(folder: OutputFolder, ids: Collection[str], skipped: Collection[str]) -> RunSummary:
+    """What became of the images asked for, read from the folder itself.
+
+    Args:
+        folder: where all processes of the run wrote.
+        ids: the images asked for.
+        skipped: those found finished when the run began.
+    """
+    finished = folder.finished() & set(ids)
+    last = {record["id"]: record for record in read_records(folder.root)}
+    failed = {
+        image_id: str(last[image_id].get("error"))
+        for image_id in ids
+        if image_id not in finished and last.get(image_id, {}).get("status") == "failed"
+    }
+    return RunSummary(len(finished - set(skipped)), len(skipped), failed, len(ids))

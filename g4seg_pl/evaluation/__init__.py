@@ -1,0 +1,1 @@
+"""Everything reported about masks: data-set mIoU, boundaries, uncertainty, soft maps."""

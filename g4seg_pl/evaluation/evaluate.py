@@ -1,0 +1,295 @@
+"""`g4seg evaluate`: score a folder of label files against the ground truth.
+
+The protocol is printed and saved beside the number, because a mIoU without its split, background
+rule and treatment of 255 cannot be compared with another.
+"""
+
+import json as json_format
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from g4seg_pl.evaluation.bootstrap import bootstrap_mean_iou
+from g4seg_pl.evaluation.boundary import boundary_counts, trimap
+from g4seg_pl.evaluation.confusion import (
+    Counts,
+    Fractions,
+    Prediction255,
+    class_iou,
+    confusion_matrix,
+    divide,
+    mean_iou,
+    pixel_accuracy,
+    total,
+)
+from g4seg_pl.types import BadItemError, ConfigurationError
+
+SHOWN_PROBLEMS = 20
+TRIMAP_WIDTH = 5
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """The counts of one image.
+
+    Attributes:
+        confusion: ``(C, C)``, rows are the truth.
+        boundary: intersection and union of the boundary bands, ``(2, C)``; None if not asked for.
+        trimap: confusion matrix ``(C, C)`` within the trimap; None if not asked for.
+    """
+
+    confusion: Counts
+    boundary: Counts | None = None
+    trimap: Counts | None = None
+
+
+def evaluate(
+    pred: Path,
+    gt: Path,
+    num_classes: int,
+    json: Path | None = None,
+    split_list: Path | None = None,
+    pred_255: Literal["background", "exclude"] = "background",
+    boundary: bool = False,
+    gt_suffix: str = ".png",
+    resamples: int = 1000,
+    threads: int = 4,
+) -> None:
+    """Score label files by the data-set confusion matrix and print the protocol with the number.
+
+    Args:
+        pred: folder of predicted label files <id>.png; an output folder of predict works too.
+        gt: folder of ground-truth label files; 255 in them is ignored.
+        num_classes: number of labels, background included (21 for VOC).
+        json: file for the scores; all of them are in percent.
+        split_list: file with the ids to score, one a line; without it every file in gt.
+        pred_255: a predicted 255 counts as background, or its pixels are excluded.
+        boundary: also score boundary IoU and the IoU within 5 pixels of a boundary.
+        gt_suffix: what follows the id in a ground-truth file's name.
+        resamples: bootstrap resamples of the images behind the standard error.
+        threads: files read at a time.
+    """
+    _require_folder(pred, "pred")
+    _require_folder(gt, "gt")
+    masks = pred / "masks" if (pred / "masks").is_dir() else pred
+    ids = _ids_to_score(gt, gt_suffix, split_list)
+    score = partial(
+        _score_files, num_classes=num_classes, prediction_255=pred_255, boundary=boundary
+    )
+    pairs = [(masks / f"{name}.png", gt / f"{name}{gt_suffix}") for name in ids]
+    scores = _score_all(score, pairs, threads, split_list)
+    report = {
+        **_protocol(masks, split_list, pred_255, num_classes),
+        **summarise(scores, resamples),
+    }
+    print(format_report(report))
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(json_format.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def read_ids(path: Path) -> list[str]:
+    """Ids of a list file: bare names, or lines such as ``/JPEGImages/x.jpg /Seg/x.png``.
+
+    Raises:
+        ConfigurationError: if the file cannot be read or names nothing.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        msg = f"split_list {path} cannot be read ({error.strerror}): give a text file of ids"
+        raise ConfigurationError(msg) from error
+    first_words = [words[0] for line in lines if (words := line.split())]
+    if not first_words:
+        msg = f"split_list {path} names no image: give one id a line"
+        raise ConfigurationError(msg)
+    return list(dict.fromkeys(_id_of(word) for word in first_words))
+
+
+def _id_of(word: str) -> str:
+    """Drop folder and suffix of a path; a bare id keeps its dots."""
+    return Path(word).stem if "/" in word else word
+
+
+def summarise(scores: Sequence[ImageScore], resamples: int = 1000) -> dict[str, Any]:
+    """Every score of N images, in percent (None where a class does not occur).
+
+    Args:
+        scores: one an image.
+        resamples: bootstrap resamples of the images.
+
+    Returns:
+        ``miou``, ``miou_se``, ``iou`` (a list over labels), ``pixel_accuracy``, ``n_images`` and,
+        where they were counted, ``boundary_iou`` and ``trimap_miou``.
+    """
+    confusion = np.stack([score.confusion for score in scores])
+    estimate = bootstrap_mean_iou(confusion, resamples)
+    result = {
+        "miou": 100 * estimate.value,
+        "miou_se": 100 * estimate.standard_error,
+        "iou": _percentages(class_iou(total(confusion))),
+        "pixel_accuracy": 100 * pixel_accuracy(confusion),
+        "n_images": len(scores),
+    }
+    bands = [score.boundary for score in scores if score.boundary is not None]
+    if bands:
+        intersection, union = np.sum(bands, axis=0)
+        result["boundary_iou"] = 100 * float(np.nanmean(divide(intersection, union)))
+    trimaps = [score.trimap for score in scores if score.trimap is not None]
+    if trimaps:
+        result["trimap_miou"] = 100 * mean_iou(np.stack(trimaps))
+    return result
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The scores and their protocol as lines of text."""
+    values = [f"{label}: {_text(iou)}" for label, iou in enumerate(report["iou"])]
+    lines = [
+        f"mIoU {report['miou']:.2f} ± {report['miou_se']:.2f} % "
+        f"(data-set confusion matrix, standard error over images)",
+        f"pixel accuracy {report['pixel_accuracy']:.2f} %",
+        *(
+            f"{name} {report[key]:.2f} %"
+            for key, name in (("boundary_iou", "boundary IoU"), ("trimap_miou", "trimap mIoU"))
+            if key in report
+        ),
+        "IoU by label: " + ", ".join(values),
+        f"split: {report['split']}",
+        f"images: {report['n_images']}",
+        f"background rule: {report['background_rule']}",
+        f"255 in truth: ignored; 255 in predictions: {report['prediction_255']}",
+    ]
+    return "\n".join(lines)
+
+
+def score_image(
+    prediction: NDArray[Any],
+    truth: NDArray[Any],
+    num_classes: int,
+    prediction_255: Prediction255 = "background",
+    boundary: bool = False,
+) -> ImageScore:
+    """Count one image; the arguments are those of :func:`confusion_matrix`."""
+    count = partial(
+        confusion_matrix, prediction, num_classes=num_classes, prediction_255=prediction_255
+    )
+    confusion = count(truth)
+    if not boundary:
+        return ImageScore(confusion)
+    filled = np.where(prediction == 255, 0, prediction)
+    scored = truth if prediction_255 == "background" else np.where(prediction == 255, 255, truth)
+    bands = np.stack(boundary_counts(filled, scored, num_classes))
+    return ImageScore(confusion, bands, count(trimap(truth, TRIMAP_WIDTH)))
+
+
+def read_labels(path: Path) -> NDArray[np.uint8]:
+    """Label values ``(H, W)`` of an indexed or 8-bit gray PNG.
+
+    Raises:
+        BadItemError: if the file is missing, unreadable or holds colours instead of labels.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                msg = f"{path} has mode {image.mode}: labels are read from indexed or gray PNG only"
+                raise BadItemError(msg)
+            return np.asarray(image)
+    except FileNotFoundError as error:
+        msg = f"{path} is missing"
+        raise BadItemError(msg) from error
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        msg = f"{path} cannot be read: {error}"
+        raise BadItemError(msg) from error
+
+
+def _score_files(
+    files: tuple[Path, Path], num_classes: int, prediction_255: Prediction255, boundary: bool
+) -> ImageScore | str:
+    """The counts of one pair of files, or what is wrong with it."""
+    predicted, true = files
+    try:
+        prediction, truth = read_labels(predicted), read_labels(true)
+        return score_image(prediction, truth, num_classes, prediction_255, boundary)
+    except BadItemError as error:
+        return str(error)
+    except ValueError as error:
+        return f"{predicted}: {error}"
+
+
+def _score_all(
+    score: Callable[[tuple[Path, Path]], ImageScore | str],
+    pairs: Sequence[tuple[Path, Path]],
+    threads: int,
+    split_list: Path | None,
+) -> list[ImageScore]:
+    """Score every pair; raise one error that names all the pairs which cannot be scored."""
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(score, pairs))
+    problems = [result for result in results if isinstance(result, str)]
+    if not problems:
+        return [result for result in results if isinstance(result, ImageScore)]
+    more = len(problems) - SHOWN_PROBLEMS
+    shown = problems[:SHOWN_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
+    hint = "" if split_list else " (to score part of the ground truth give --split-list)"
+    msg = f"{len(problems)} of {len(pairs)} images cannot be scored{hint}:\n" + "\n".join(shown)
+    raise BadItemError(msg)
+
+
+def _ids_to_score(gt: Path, gt_suffix: str, split_list: Path | None) -> list[str]:
+    """The ids of the list, or of every ground-truth file."""
+    if split_list is not None:
+        return read_ids(split_list)
+    ids = sorted(path.name.removesuffix(gt_suffix) for path in gt.glob(f"*{gt_suffix}"))
+    if not ids:
+        msg = f"gt {gt} holds no *{gt_suffix} file: give the folder of label files"
+        raise ConfigurationError(msg)
+    return ids
+
+
+def _require_folder(path: Path, name: str) -> None:
+    """Raise if an argument is not a folder."""
+    if not path.is_dir():
+        msg = f"{name} {path} is not a folder"
+        raise ConfigurationError(msg)
+
+
+def _protocol(
+    masks: Path, split_list: Path | None, prediction_255: str, num_classes: int
+) -> dict[str, Any]:
+    """How the number was made, from the arguments and the run's own record."""
+    record = _run_record(masks)
+    return {
+        "unit": "percent",
+        "num_classes": num_classes,
+        "split": str(split_list) if split_list else "every ground-truth file",
+        "background_rule": record.get("background_rule", "not recorded"),
+        "model": record.get("model", "not recorded"),
+        "prediction_255": prediction_255,
+        "truth_255": "ignored",
+    }
+
+
+def _run_record(masks: Path) -> dict[str, Any]:
+    """run.json of the run that wrote the masks; empty if there is none."""
+    for path in (masks / "run.json", masks.parent / "run.json"):
+        if path.is_file():
+            record: dict[str, Any] = json_format.loads(path.read_text(encoding="utf-8"))
+            return record
+    return {}
+
+
+def _percentages(values: Fractions) -> list[float | None]:
+    """Fractions in percent; nan becomes None, which JSON can hold."""
+    return [None if np.isnan(value) else 100 * float(value) for value in values]
+
+
+def _text(value: float | None) -> str:
+    """A percentage, or a dash."""
+    return "-" if value is None else f"{value:.2f}"

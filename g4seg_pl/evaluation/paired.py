@@ -1,0 +1,84 @@
+"""Seed and refined masks of the same images, scored side by side."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from g4seg_pl.evaluation.bootstrap import bootstrap_mean_iou, paired_gain
+from g4seg_pl.evaluation.boundary import boundary_counts
+from g4seg_pl.evaluation.confusion import Counts, Fractions, confusion_matrix, divide
+
+
+class PairedScores:
+    """Confusion matrices of seed and refined labels, one pair an image, keyed by the id.
+
+    Keyed, because a distributed test loop may repeat images to fill its last batch; here each
+    counts once.
+
+    Args:
+        num_classes: number of labels, background included.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self._counts: dict[str, Counts] = {}
+        self._bands: dict[str, Counts] = {}
+
+    def __len__(self) -> int:
+        """The number of images scored."""
+        return len(self._counts)
+
+    def add(
+        self, image_id: str, seed: NDArray[Any], refined: NDArray[Any], truth: NDArray[Any]
+    ) -> None:
+        """Score one image; all maps are labels ``(H, W)``, 255 in the truth is ignored."""
+        pair = (seed, refined)
+        matrices = [confusion_matrix(labels, truth, self.num_classes) for labels in pair]
+        bands = [np.stack(boundary_counts(labels, truth, self.num_classes)) for labels in pair]
+        self._counts[image_id] = np.stack(matrices)
+        self._bands[image_id] = np.stack(bands)
+
+    def update(self, others: Iterable["PairedScores"]) -> None:
+        """Take over what other processes scored."""
+        for other in others:
+            self._counts |= other._counts
+            self._bands |= other._bands
+
+    def summary(self, resamples: int = 1000) -> dict[str, float]:
+        """Scores in percent.
+
+        Returns:
+            ``n_images``; ``seed_miou``, ``refined_miou`` and their paired ``gain``, each with its
+            standard error ``*_se``; ``seed_boundary_iou`` and ``refined_boundary_iou``.
+
+        Raises:
+            ValueError: if no image was scored.
+        """
+        # Sorted, so that the bootstrap does not depend on which process scored what.
+        ids = sorted(self._counts)
+        if not ids:
+            msg = "no image was scored: every one failed, or none has ground truth"
+            raise ValueError(msg)
+        before, after = np.stack([self._counts[image_id] for image_id in ids], axis=1)
+        estimates = {
+            "seed_miou": bootstrap_mean_iou(before, resamples),
+            "refined_miou": bootstrap_mean_iou(after, resamples),
+            "gain": paired_gain(before, after, resamples),
+        }
+        scores = {name: 100 * estimate.value for name, estimate in estimates.items()}
+        errors = {f"{name}_se": 100 * each.standard_error for name, each in estimates.items()}
+        bands = np.sum([self._bands[image_id] for image_id in ids], axis=0)
+        boundaries = dict(zip(("seed", "refined"), _band_iou(bands), strict=True))
+        return {
+            "n_images": float(len(ids)),
+            **scores,
+            **errors,
+            **{f"{name}_boundary_iou": 100 * float(value) for name, value in boundaries.items()},
+        }
+
+
+def _band_iou(bands: Counts) -> Fractions:
+    """Mean over classes of band IoU, from intersection and union ``(2, 2, C)``: ``(2,)``."""
+    return np.asarray(np.nanmean(divide(bands[:, 0], bands[:, 1]), axis=1))

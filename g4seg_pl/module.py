@@ -1,0 +1,266 @@
+"""The LightningModule: only wiring between data, refiner and scores."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from g4seg_pl.backbones.loading import check_model, resolve_dtype
+from g4seg_pl.backbones.stable_diffusion import StableDiffusion
+from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold, compose_label
+from g4seg_pl.core.steps import Correspondence, UpdateStep
+from g4seg_pl.evaluation.paired import PairedScores
+from g4seg_pl.features.base import DenseFeatures
+from g4seg_pl.features.vae import VAEFeatures
+from g4seg_pl.refiner import G4SegRefiner
+from g4seg_pl.types import (
+    BadItemError,
+    ConfigurationError,
+    FailedSample,
+    G4SegError,
+    RefinedMask,
+    Sample,
+)
+
+# What may be wrong with one image while the others are fine.
+ITEM_ERRORS = (G4SegError, FloatingPointError, torch.OutOfMemoryError)
+
+FROZEN_PARTS = ("generator.", "features.")
+
+
+class G4SegModule(pl.LightningModule):
+    """Refine coarse masks with a text-to-image diffusion model; nothing is trained.
+
+    Making one is cheap: weights are loaded in ``configure_model``, after the run's other
+    arguments have been checked. They are never put into a checkpoint.
+
+    Args:
+        model: a diffusers folder or hub id of Stable Diffusion 1.x or 2.x.
+        update: the update steps in order; the paper's one if None.
+        features: F of Eq. 8, an extractor of dense features; the model's own autoencoder
+            if None.
+        background: how the background is scored when label maps are made.
+        seed: from which all noise derives, with the image's id and the class's name.
+        dtype: number format of the weights; ``auto`` is bfloat16 on a GPU, float32 elsewhere.
+        prompt_template: the prompt, with one ``{}`` for the class name.
+        masks_per_pass: masks that enter a network at once: the bound on memory.
+        variant: of the model's weight files, such as ``fp16``.
+        revision: branch, tag or commit of a hub id.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        update: list[Callable[..., Any]] | None = None,
+        features: DenseFeatures | None = None,
+        background: Threshold | PowerBackground | None = None,
+        seed: int = 0,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        prompt_template: str = "A photo of {}",
+        masks_per_pass: int = 8,
+        variant: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.update: tuple[UpdateStep, ...] = tuple(
+            [Correspondence()] if update is None else update
+        )
+        self.features = VAEFeatures() if features is None else features
+        self.background: BackgroundRule = background or Threshold()
+        self.seed = seed
+        self.number_format: Literal["auto", "float32", "bfloat16", "float16"] = dtype
+        self.prompt_template = prompt_template
+        self.masks_per_pass = masks_per_pass
+        self.variant = variant
+        self.revision = revision
+        self.generator: nn.Module | None = None
+        self.strict_loading = False
+        self._refiner: G4SegRefiner | None = None
+        self._scores: PairedScores | None = None
+        self._failed: dict[str, str] = {}
+
+    def configuration(self) -> dict[str, object]:
+        """The arguments, for the run record; ``dtype`` is a property of every LightningModule."""
+        return {
+            "model": self.model,
+            "update": self.update,
+            "features": self.features,
+            "background": self.background,
+            "seed": self.seed,
+            "dtype": self.number_format,
+            "prompt_template": self.prompt_template,
+            "masks_per_pass": self.masks_per_pass,
+            "variant": self.variant,
+            "revision": self.revision,
+        }
+
+    def setup(self, stage: str) -> None:
+        """Refuse arguments that cannot work, before any weights are loaded.
+
+        Raises:
+            ConfigurationError: names the argument.
+        """
+        if self.prompt_template.count("{}") != 1:
+            msg = f"prompt_template is {self.prompt_template!r}: it needs exactly one {{}}"
+            raise ConfigurationError(msg)
+        if self.masks_per_pass < 1:
+            msg = f"masks_per_pass is {self.masks_per_pass}: give 1 or more"
+            raise ConfigurationError(msg)
+        self._require_streaming()
+        if self._has_work():
+            check_model(self.model, self.revision)
+
+    def configure_model(self) -> None:
+        """Load the weights, once; nothing is loaded for a run in which every image is finished."""
+        if self._refiner is not None or not self._has_work():
+            return
+        dtype = resolve_dtype(self.number_format, self.device)
+        generator = StableDiffusion.from_pretrained(self.model, dtype, self.variant, self.revision)
+        self.features.load(generator.vae)
+        self.features.to(dtype)
+        self.generator = generator
+        self._refiner = G4SegRefiner(
+            generator,
+            self.features,
+            self.update,
+            seed=self.seed,
+            prompt_template=self.prompt_template,
+            masks_per_pass=self.masks_per_pass,
+        )
+
+    def predict_step(
+        self, batch: list[Sample | FailedSample], batch_idx: int = 0
+    ) -> list[RefinedMask | FailedSample]:
+        """Refine a batch of images of any sizes and class counts.
+
+        An image that cannot be refined becomes a ``FailedSample``; the others go on.
+
+        Returns:
+            one an item, in order.
+        """
+        samples = [item for item in batch if isinstance(item, Sample)]
+        refined = {item.image_id: item for item in self._refine_each(samples)} if samples else {}
+        return [
+            item if isinstance(item, FailedSample) else refined[item.image_id] for item in batch
+        ]
+
+    def on_test_start(self) -> None:
+        """Start counting."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._scores = PairedScores(len(datamodule.class_list) + 1)
+        self._failed = {}
+
+    def test_step(self, batch: list[Sample | FailedSample], batch_idx: int = 0) -> None:
+        """Score seeds and refined masks of a batch by the same background rule."""
+        for item, outcome in zip(batch, self.predict_step(batch), strict=True):
+            if isinstance(item, Sample) and isinstance(outcome, RefinedMask):
+                self._score(item, outcome)
+            elif isinstance(outcome, FailedSample):
+                self._failed[outcome.image_id] = outcome.error
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of all processes, in percent."""
+        scores, failed = self._gathered_scores()
+        summary = scores.summary() | {"n_failed": float(len(failed))}
+        self.log_dict({f"test/{name}": value for name, value in summary.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the frozen weights out: they are found by ``model`` and ``features``."""
+        weights = checkpoint["state_dict"]
+        for name in [name for name in weights if name.startswith(FROZEN_PARTS)]:
+            del weights[name]
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Images that could not be scored by the last test, with the error of each."""
+        return dict(self._failed)
+
+    def _require_streaming(self) -> None:
+        """Refuse to keep predictions, which are frozen dataclasses that Lightning cannot copy."""
+        trainer = self._trainer
+        if trainer is not None and trainer.predicting and trainer.predict_loop.return_predictions:
+            msg = (
+                "Trainer.predict needs return_predictions=False: masks go to callbacks, such as "
+                "MaskWriter, or any other with on_predict_batch_end"
+            )
+            raise ConfigurationError(msg)
+
+    def _has_work(self) -> bool:
+        """Whether the run has anything to predict; True outside a trainer."""
+        trainer = self._trainer
+        return trainer is None or not trainer.predicting or trainer.limit_predict_batches != 0
+
+    def _refine_each(self, samples: Sequence[Sample]) -> list[RefinedMask | FailedSample]:
+        """Refine together; if something is wrong with one of them, find it by refining singly."""
+        try:
+            return list(self._refine(samples))
+        except ITEM_ERRORS as error:
+            if len(samples) == 1:
+                return [FailedSample(samples[0].image_id, self._remedy(error))]
+        return [outcome for sample in samples for outcome in self._refine_each([sample])]
+
+    def _refine(self, samples: Sequence[Sample]) -> list[RefinedMask]:
+        """The samples through the refiner.
+
+        Lightning's inference mode is left, for steps that need a gradient: a tensor made in it
+        could never get one, so seeds are copied too.
+        """
+        if self._refiner is None:
+            msg = "the model is not loaded: use Trainer.predict, or call configure_model first"
+            raise G4SegError(msg)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            copies = [_with_own_seed(sample) for sample in samples]
+            refined = self._refiner.refine_samples(copies)
+            return [
+                RefinedMask(
+                    sample.image_id,
+                    sample.seed.class_ids,
+                    foreground,
+                    compose_label(foreground, sample.seed.class_ids, self.background),
+                )
+                for sample, foreground in zip(copies, refined, strict=True)
+            ]
+
+    def _remedy(self, error: BaseException) -> str:
+        """An error in one sentence, with what can be done."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return f"out of memory: lower model.masks_per_pass (now {self.masks_per_pass})"
+        if isinstance(error, FloatingPointError):
+            return f"{error}: use --model.dtype bfloat16 or float32"
+        return str(error)
+
+    def _score(self, sample: Sample, refined: RefinedMask) -> None:
+        """Count one image.
+
+        Raises:
+            BadItemError: if it has no ground truth.
+        """
+        if self._scores is None or sample.truth is None:
+            msg = f"{sample.image_id} has no ground truth: test needs a split with label files"
+            raise BadItemError(msg)
+        seed = compose_label(sample.seed.scores, sample.seed.class_ids, self.background)
+        maps = (seed.numpy(), refined.label.numpy(), sample.truth.numpy())
+        self._scores.add(sample.image_id, *maps)
+
+    def _gathered_scores(self) -> tuple[PairedScores, dict[str, str]]:
+        """Scores and failures of all processes."""
+        if self._scores is None:
+            msg = "no test was started"
+            raise G4SegError(msg)
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, (self._scores, self._failed))
+            self._scores.update(scores for scores, _ in gathered)
+            self._failed |= {
+                name: error for _, failed in gathered for name, error in failed.items()
+            }
+        return self._scores, self._failed
+
+
+def _with_own_seed(sample: Sample) -> Sample:
+    """The sample with a copy of its maps."""
+    return replace(sample, seed=replace(sample.seed, scores=sample.seed.scores.clone()))

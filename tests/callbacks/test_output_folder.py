@@ -1,0 +1,86 @@
+"""Files of a run: palette, atomic writing, soft formats, records and the run record."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from g4seg_pl.callbacks.output_folder import OutputFolder, RecordFile, read_records, summarise
+from g4seg_pl.callbacks.palette import voc_palette
+from g4seg_pl.callbacks.run_record import describe, differing_keys
+from g4seg_pl.core.steps import Correspondence
+from g4seg_pl.types import BadItemError, RefinedMask
+
+
+def refined(image_id: str = "a.b") -> RefinedMask:
+    """A mask of two classes."""
+    label = torch.tensor([[0, 2, 5], [255, 2, 0]], dtype=torch.uint8)
+    return RefinedMask(image_id, (2, 5), torch.rand(2, 2, 3), label)
+
+
+def test_palette_begins_as_voc_publishes_it() -> None:
+    first = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128)]
+    palette = voc_palette()
+    assert [tuple(palette[3 * i : 3 * i + 3]) for i in range(6)] == first
+    assert palette[-3:] == [224, 224, 192]
+
+
+def test_label_file_is_indexed_and_named_by_the_id(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path)
+    folder.save(refined())
+    with Image.open(tmp_path / "masks" / "a.b.png") as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.asarray(image), refined().label)
+    assert folder.finished() == {"a.b"}
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["a.b.png"]
+
+
+def test_soft_maps_keep_half_precision(tmp_path: Path) -> None:
+    mask = refined()
+    OutputFolder(tmp_path, "npz").save(mask)
+    with np.load(tmp_path / "soft" / "a.b.npz") as content:
+        assert content["foreground"].dtype == np.float16
+        np.testing.assert_allclose(content["foreground"], mask.foreground, atol=1e-3)
+        np.testing.assert_array_equal(content["class_ids"], (2, 5))
+
+
+def test_clip_es_soft_maps_are_read_as_that_project_reads_them(tmp_path: Path) -> None:
+    OutputFolder(tmp_path, "clip_es").save(refined())
+    content = np.load(tmp_path / "soft" / "a.b.npy", allow_pickle=True).item()
+    np.testing.assert_array_equal(content["keys"] + 1, (2, 5))
+    assert content["attn_highres"].shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("image_id", ["", "..", "../a", "a/../b", "/a", "a\\b"])
+def test_id_that_leads_out_of_the_folder_is_refused(tmp_path: Path, image_id: str) -> None:
+    with pytest.raises(BadItemError, match="plain file name"):
+        OutputFolder(tmp_path / "out").save(refined(image_id))
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_half_a_file_does_not_count_as_finished(tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / ".a.png.tmp").write_bytes(b"half")
+    assert OutputFolder(tmp_path).finished() == set()
+
+
+def test_summary_takes_the_last_record_of_each_image(tmp_path: Path) -> None:
+    folder, records = OutputFolder(tmp_path), RecordFile(tmp_path / "records.rank0.jsonl")
+    records.add("a.b", error="unreadable")
+    folder.save(refined())
+    records.add("a.b")
+    records.add("c", error="missing")
+    with records.path.open("a") as file:
+        file.write('{"id": "d", "st')
+    summary = summarise(folder, ["a.b", "c", "e"], skipped=[])
+    assert [record["id"] for record in read_records(tmp_path)] == ["a.b", "a.b", "c"]
+    assert summary.failed == {"c": "missing"}
+    assert str(summary) == "done 1 / skipped 0 / failed 1 / total 3 (1 not tried)"
+
+
+def test_differences_are_named_and_speed_does_not_count() -> None:
+    ours = {"update": describe(Correspondence(beta=0.8)), "batch_size": 4, "new": 1}
+    theirs = {"update": describe(Correspondence()), "batch_size": 1}
+    assert differing_keys(ours, theirs) == ["update.init_args.beta", "new"]

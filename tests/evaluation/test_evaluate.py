@@ -1,0 +1,64 @@
+"""`g4seg evaluate` on files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from g4seg_pl.evaluation.evaluate import evaluate
+from g4seg_pl.types import BadItemError
+
+
+def write(folder: Path, maps: dict[str, np.ndarray]) -> Path:
+    """A folder of label files."""
+    folder.mkdir()
+    for name, labels in maps.items():
+        Image.fromarray(labels).save(folder / f"{name}.png")
+    return folder
+
+
+def random_maps(seed: int) -> dict[str, np.ndarray]:
+    """Three label maps of different sizes with 255 in them."""
+    rng = np.random.default_rng(seed)
+    values = np.array([0, 1, 2, 255], np.uint8)
+    return {name: rng.choice(values, (6 + i, 9)) for i, name in enumerate("abc")}
+
+
+@pytest.mark.parametrize("rule", ["background", "exclude"])
+def test_scores_are_those_of_a_histogram(tmp_path: Path, rule: str) -> None:
+    predictions, truths = random_maps(0), random_maps(1)
+    pred, gt = write(tmp_path / "pred", predictions), write(tmp_path / "gt", truths)
+    evaluate(pred, gt, 3, json=tmp_path / "scores.json", pred_255=rule)  # type: ignore[arg-type]
+    p = np.concatenate([predictions[name].ravel() for name in "abc"])
+    t = np.concatenate([truths[name].ravel() for name in "abc"])
+    kept = (t != 255) & ((p != 255) | (rule == "background"))
+    p = np.where(p == 255, 0, p)
+    counts = np.histogram2d(t[kept], p[kept], bins=(range(4), range(4)))[0]
+    iou = np.diag(counts) / (counts.sum(0) + counts.sum(1) - np.diag(counts))
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    np.testing.assert_allclose(scores["iou"], 100 * iou)
+    assert scores["miou"] == pytest.approx(100 * iou.mean())
+    assert scores["n_images"] == 3
+
+
+def test_all_bad_files_are_named_at_once(tmp_path: Path) -> None:
+    predictions = random_maps(0)
+    pred, gt = write(tmp_path / "pred", predictions), write(tmp_path / "gt", random_maps(1))
+    (pred / "a.png").unlink()
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(pred / "b.png")
+    (pred / "c.png").write_bytes(b"not a picture")
+    with pytest.raises(BadItemError, match="3 of 3 images") as error:
+        evaluate(pred, gt, 3)
+    assert all(f"{name}.png" in str(error.value) for name in "abc")
+
+
+def test_split_list_may_hold_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "gt", random_maps(1))
+    lines = tmp_path / "list.txt"
+    lines.write_text("/JPEGImages/a.jpg /SegmentationClassAug/a.png\nb\n")
+    evaluate(folder, folder, 3, split_list=lines)
+    printed = capsys.readouterr().out
+    assert "images: 2" in printed
+    assert f"split: {lines}" in printed

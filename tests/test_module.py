@@ -1,0 +1,153 @@
+"""The module in a Trainer: mixed batches, gradients, scores, checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from fake_voc import IDS, write_voc
+
+from datamodules import VOCDataModule
+from g4seg_pl.callbacks.writer import MaskWriter
+from g4seg_pl.core.background import Threshold
+from g4seg_pl.core.steps import Correspondence
+from g4seg_pl.module import G4SegModule
+from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask
+
+
+def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    """A quiet CPU trainer."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "accelerator": "cpu", "devices": 1}
+    return pl.Trainer(callbacks=list(callbacks), **quiet | options)
+
+
+def data(root: Path, **options: Any) -> VOCDataModule:
+    """The fake tree, made on first use."""
+    if not (root / "VOCdevkit").exists():
+        write_voc(root)
+    return VOCDataModule(root, root / "cam_out", num_workers=0, **options)
+
+
+class Collect(pl.Callback):
+    """Keep the predictions."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        """Keep a batch by id."""
+        self.found |= {item.image_id: item for item in outputs}
+
+
+def predicted(module: G4SegModule, datamodule: VOCDataModule) -> dict[str, Any]:
+    """All predictions by id."""
+    collect = Collect()
+    trainer(collect).predict(module, datamodule, return_predictions=False)
+    return collect.found
+
+
+@dataclass(frozen=True)
+class GradientStep:
+    """A step that needs a gradient with respect to the mask."""
+
+    def __call__(self, foreground: torch.Tensor, context: Any) -> torch.Tensor:
+        """One step of gradient descent on the squared mask, through the latent's scale."""
+        with torch.enable_grad():
+            leaf = foreground.clone().requires_grad_()
+            (leaf.square().sum() * context.latents.square().mean().sign()).backward()
+        return (foreground - 0.1 * leaf.grad).clamp(0, 1)
+
+
+def test_making_a_module_loads_nothing() -> None:
+    assert not list(G4SegModule("nowhere").parameters())
+
+
+def test_sizes_and_class_counts_may_differ_within_a_batch(tmp_path: Path, sd2_folder: Path) -> None:
+    masks = predicted(G4SegModule(str(sd2_folder)), data(tmp_path))
+    assert list(masks) == list(IDS)
+    assert masks[IDS[1]].foreground.shape == (2, 64, 48)
+    assert masks[IDS[1]].class_ids == (15, 12)
+    assert masks[IDS[2]].label.shape == (33, 70)
+
+
+def test_result_does_not_depend_on_the_batch(tmp_path: Path, sd1_folder: Path) -> None:
+    module = G4SegModule(str(sd1_folder), [Correspondence(beta=0.2, confidence_range=None)])
+    together = predicted(module, data(tmp_path, batch_size=3))
+    alone = predicted(module, data(tmp_path, batch_size=1))
+    for name in IDS:
+        torch.testing.assert_close(together[name].foreground, alone[name].foreground)
+
+
+def test_step_may_take_gradients_within_inference_mode(tmp_path: Path, sd1_folder: Path) -> None:
+    module = G4SegModule(str(sd1_folder), [GradientStep()])
+    masks = predicted(module, data(tmp_path))
+    # Well inside the object: at its edges the change is interpolated.
+    assert float(masks[IDS[0]].foreground[0, 14, 11]) == pytest.approx(0.9 * 0.8, abs=0.01)
+
+
+def test_one_bad_image_does_not_stop_the_batch(tmp_path: Path, sd1_folder: Path) -> None:
+    datamodule = data(tmp_path)
+    np.save(tmp_path / "cam_out" / f"{IDS[1]}.npy", np.zeros((2, 2)))
+    outcomes = predicted(G4SegModule(str(sd1_folder)), datamodule)
+    assert isinstance(outcomes[IDS[1]], FailedSample)
+    assert isinstance(outcomes[IDS[2]], RefinedMask)
+
+
+def test_test_scores_seed_and_refined(tmp_path: Path, sd1_folder: Path) -> None:
+    module = G4SegModule(str(sd1_folder), [Correspondence(beta=1.0)], background=Threshold(0.5))
+    scores = trainer().test(module, data(tmp_path), verbose=False)[0]
+    assert scores["test/n_images"] == 3
+    assert scores["test/gain"] == 0
+    assert scores["test/seed_miou"] == scores["test/refined_miou"]
+    # Each object's seed covers rows 8 to 23 of 8 to 27, and two rows too many above.
+    assert 50 < scores["test/seed_miou"] < 100
+
+
+def test_checkpoint_holds_no_weights(tmp_path: Path, sd1_folder: Path) -> None:
+    module = G4SegModule(str(sd1_folder))
+    runner = trainer()
+    runner.predict(module, data(tmp_path), return_predictions=False)
+    runner.save_checkpoint(tmp_path / "module.ckpt")
+    content = torch.load(tmp_path / "module.ckpt", weights_only=True)
+    assert content["state_dict"] == {}
+    assert (tmp_path / "module.ckpt").stat().st_size < 50_000
+
+
+def test_finished_run_loads_no_model(tmp_path: Path, sd1_folder: Path) -> None:
+    first, again = (MaskWriter(tmp_path / "out") for _ in range(2))
+    module = G4SegModule(str(sd1_folder))
+    trainer(first).predict(module, data(tmp_path), return_predictions=False)
+    fresh = G4SegModule(str(sd1_folder))
+    trainer(again).predict(fresh, data(tmp_path), return_predictions=False)
+    assert str(first.summary) == "done 3 / skipped 0 / failed 0 / total 3"
+    assert str(again.summary) == "done 0 / skipped 3 / failed 0 / total 3"
+    assert fresh.generator is None
+
+
+def test_other_configuration_is_refused_by_key_unless_overridden(
+    tmp_path: Path, sd1_folder: Path
+) -> None:
+    module = G4SegModule(str(sd1_folder))
+    trainer(MaskWriter(tmp_path / "out")).predict(module, data(tmp_path), return_predictions=False)
+    other = G4SegModule(str(sd1_folder), seed=1)
+    with pytest.raises(ConfigurationError, match=r"model\.init_args\.seed"):
+        trainer(MaskWriter(tmp_path / "out")).predict(
+            other, data(tmp_path), return_predictions=False
+        )
+    redo = MaskWriter(tmp_path / "out", override=True)
+    trainer(redo).predict(other, data(tmp_path), return_predictions=False)
+    assert redo.summary is not None
+    assert redo.summary.done == 3
+
+
+def test_keeping_predictions_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, sd1_folder: Path
+) -> None:
+    module = G4SegModule(str(sd1_folder))
+    with pytest.raises(ConfigurationError, match="return_predictions=False"):
+        trainer().predict(module, data(tmp_path))
+    assert module.generator is None
