@@ -112,6 +112,18 @@ class G4SegRefiner:
             masks_per_pass=masks_per_pass,
         )
 
+    def with_steps(self, steps: Sequence[UpdateStep]) -> "G4SegRefiner":
+        """Return a refiner of the same models and seed with other update steps."""
+        return G4SegRefiner(
+            self.generator,
+            self.features,
+            steps,
+            seed=self.seed,
+            prompt_template=self.prompt_template,
+            masks_per_pass=self.masks_per_pass,
+            working_size=self.working_size,
+        )
+
     def refine(
         self,
         image: PictureLike,

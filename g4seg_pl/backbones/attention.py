@@ -133,7 +133,8 @@ class InjectedProcessor:
         """
         self.injection = injection
         self.grids = grids
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        # Now, not on first use: a recomputation must do just what the first pass did.
+        self._masks = {grid: injection.on_grid(grid) for grid in grids.values()}
 
     def __call__(
         self,
@@ -152,7 +153,7 @@ class InjectedProcessor:
         injection = self.injection
         if not (injection.cross_attention if cross else injection.self_attention):
             return functional.scaled_dot_product_attention(query, key, value)
-        rows = self._on_grid(query.shape[2])
+        rows = self._masks[self.grids[query.shape[2]]]
         columns = injection.tokens.to(rows) if cross else rows
         match injection.rule:
             case "eq5":
@@ -161,27 +162,30 @@ class InjectedProcessor:
                 weight = injection.weight * injection.dense_strengths[0 if cross else 1]
                 return dense_diffusion_attention(query, key, value, rows, columns, weight)
 
-    def _on_grid(self, tokens: int) -> Tensor:
-        grid = self.grids[tokens]
-        if grid not in self._masks:
-            self._masks[grid] = self.injection.on_grid(grid)
-        return self._masks[grid]
-
 
 class RecordingProcessor:
     """Plain attention that keeps its queries and keys; one for each layer."""
 
-    def __init__(self, layer: str, grids: Grids, records: list[AttentionRecord]) -> None:
+    def __init__(
+        self,
+        layer: str,
+        grids: Grids,
+        records: list[AttentionRecord],
+        cross_records: list[AttentionRecord] | None = None,
+    ) -> None:
         """Prepare one layer.
 
         Args:
             layer: the layer's dotted name.
             grids: the U-Net's token grids by their number of tokens.
-            records: the list to append to, in the order of execution.
+            records: the list self-attention is appended to, in the order of execution.
+            cross_records: the list cross-attention is appended to; its keys are the prompt's
+                tokens. None keeps none.
         """
         self.layer = layer
         self.grids = grids
         self.records = records
+        self.cross_records = cross_records
 
     def __call__(
         self,
@@ -193,10 +197,11 @@ class RecordingProcessor:
     ) -> Float[Tensor, "b n c"]:
         """Return the layer's output unchanged."""
         query, key, value = project(attn, hidden_states, encoder_hidden_states, attention_mask)
-        if encoder_hidden_states is None:
+        kept = self.records if encoder_hidden_states is None else self.cross_records
+        if kept is not None:
             grid = self.grids[query.shape[2]]
             scale = query.shape[-1] ** -0.5
-            self.records.append(AttentionRecord(self.layer, query, key, scale, grid))
+            kept.append(AttentionRecord(self.layer, query, key, scale, grid))
         mixed = functional.scaled_dot_product_attention(query, key, value)
         return finish(attn, mixed, hidden_states)
 

@@ -89,7 +89,7 @@ class StableDiffusion(nn.Module):
         """
         config = self.vae.config
         posterior = self.vae.encode(self._laid_out(images, self.vae)).latent_dist
-        latents: Tensor = posterior.mode().float()
+        latents = _at_least_float32(posterior.mode())
         return (latents - (config.shift_factor or 0)) * float(config.scaling_factor)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
@@ -101,7 +101,7 @@ class StableDiffusion(nn.Module):
         config = self.vae.config
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0)
         images: Tensor = self.vae.decode(self._laid_out(unscaled, self.vae)).sample
-        return images.float().clamp(-1, 1)
+        return _at_least_float32(images).clamp(-1, 1)
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "b l d"]:
         """Return the text encoder's last hidden states, one row a prompt.
@@ -209,6 +209,10 @@ class StableDiffusion(nn.Module):
     def _words(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _image_size(components: Components) -> int:

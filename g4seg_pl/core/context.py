@@ -176,15 +176,20 @@ class RefinementContext:
         if self._artifacts is not None:
             self._artifacts[name] = tensor
 
-    def record_confidence(self, confidence: Float[Tensor, "m H W"]) -> None:
-        """Keep how far each pixel of the masks can be trusted, in [0, 1], also for the caller."""
-        self._lasting["confidence"] = confidence
-        self.record("confidence", confidence)
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Keep a finding about the masks for the run's output, until another step replaces it.
+
+        Args:
+            name: ``confidence``, ``score``, ``score_error`` or ``pixel_weights``, for instance.
+            tensor: one row a mask.
+        """
+        self._lasting[name] = tensor
+        self.record(name, tensor)
 
     @property
-    def confidence(self) -> Float[Tensor, "m H W"] | None:
-        """The confidence that the last step to measure one recorded; None if none did."""
-        return self._lasting.get("confidence")
+    def kept(self) -> dict[str, Tensor]:
+        """What steps found out about the masks, by name, recorded or not."""
+        return dict(self._lasting)
 
     @property
     def recorded(self) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Update steps: each takes all masks of a batch one step further."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -39,7 +39,12 @@ class UpdateStep(Protocol):
         """Return the updated masks, in [0, 1], at the same size and in the same order."""
 
 
-def any_needs_gradient(steps: Iterable[UpdateStep]) -> bool:
+# How steps that hold others spell UpdateStep: a protocol with nothing but a call is, to the
+# command line's parser, a function that returns masks, and it would refuse class_path of a step.
+NestedStep = Callable[..., Any]
+
+
+def any_needs_gradient(steps: Iterable[NestedStep]) -> bool:
     """Return whether any step says that it takes gradients (``needs_gradient``)."""
     return any(getattr(step, "needs_gradient", False) for step in steps)
 

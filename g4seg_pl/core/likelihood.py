@@ -1,0 +1,281 @@
+"""Likelihood: of several masks, the one under which the image denoises best (Eq. 6)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from g4seg_pl.core.context import RefinementContext
+from g4seg_pl.core.generation import (
+    Groups,
+    Rows,
+    groups_per_class,
+    groups_per_image,
+    rows_per_class,
+    rows_per_image,
+)
+from g4seg_pl.core.guided import box_mean
+from g4seg_pl.core.loss import DenoisingLoss, LossKind
+from g4seg_pl.core.steps import NestedStep, any_needs_gradient
+
+
+@dataclass(frozen=True)
+class PairedLosses:
+    """Denoising losses of candidate masks, all under the same noise.
+
+    Attributes:
+        losses: ``(k, m, n)``: of every candidate, mask and draw (timesteps times draws).
+        maps: ``(k, m, n, h, w)``, the same at every place; None if not asked for.
+    """
+
+    losses: Float[Tensor, "k m n"]
+    maps: Float[Tensor, "k m n h w"] | None = None
+
+    def difference(self, reference: int = 0) -> Float[Tensor, "k m"]:
+        """Return each candidate's mean of log L - log L_reference; negative explains better."""
+        return self._paired(reference).mean(-1)
+
+    def standard_error(self, reference: int = 0) -> Float[Tensor, "k m"]:
+        """Return the standard error of ``difference``; not a number with a single draw."""
+        paired = self._paired(reference)
+        count = int(paired.shape[-1])
+        if count == 1:
+            return torch.full_like(paired[..., 0], torch.nan)
+        return paired.std(-1) / math.sqrt(count)
+
+    def _paired(self, reference: int) -> Float[Tensor, "k m n"]:
+        logarithms = torch.log(self.losses)
+        return logarithms - logarithms[reference]
+
+
+@torch.no_grad()
+def paired_losses(
+    candidates: Sequence[Float[Tensor, "m H W"]],
+    context: RefinementContext,
+    timesteps: Sequence[int] = (400,),
+    draws: int = 2,
+    *,
+    loss: DenoisingLoss | None = None,
+    all_classes_at_once: bool = False,
+    keep_maps: bool = False,
+) -> PairedLosses:
+    """Return the denoising loss of every candidate for every mask, under common noise.
+
+    Args:
+        candidates: each all masks of the context, in [0, 1]; all zeros is the empty mask.
+        context: the images.
+        timesteps: each is met by every draw.
+        draws: draws of noise at each timestep.
+        loss: how masks are injected; None binarises at 0.5 and injects with weight 20.
+        all_classes_at_once: one row an image, with one loss for all of its masks.
+        keep_maps: return the losses of every place too.
+    """
+    loss = DenoisingLoss(injection_weight=20.0) if loss is None else loss
+    pairs = list(product(timesteps, range(draws)))
+    losses, maps = [], []
+    for candidate in candidates:
+        groups, rows = _rows(candidate, context, all_classes_at_once=all_classes_at_once)
+        found = torch.stack([_maps(rows, context, loss, t, draw) for t, draw in pairs], dim=1)
+        per_mask = _for_each_mask(found, groups)
+        losses.append(per_mask.flatten(2).mean(2))
+        if keep_maps:
+            maps.append(per_mask)
+    return PairedLosses(torch.stack(losses), torch.stack(maps) if keep_maps else None)
+
+
+@dataclass(frozen=True)
+class ChooseByLikelihood:
+    """Runs candidate updates and keeps, mask by mask, what explains the image best.
+
+    The masks given are always a candidate. Recorded for the callback, a row a mask: ``chosen``,
+    the candidate's number; ``likelihood`` and ``likelihood_error``, every candidate's
+    log L - log L of the masks given, and its standard error. Kept in the context: ``score`` and
+    ``score_error``, how much better than an empty mask the chosen one explains the image, and
+    its standard error; ``pixel_weights``, of the chosen mask against the empty one.
+
+    Attributes:
+        candidates: lists of steps, each applied in order to the masks given.
+        every_step: the masks after each step of a list are candidates, not only the last: how a
+            list is stopped where it is best.
+        margin: standard errors by which a candidate must be better than the masks given.
+        timesteps: of the losses.
+        draws: of noise at each timestep.
+        injection_weight: w of Eq. 5.
+        loss: what is compared: noise, clean latent, velocity, or the decoded image.
+        binarise_at: from where on a candidate counts as 1, the seed's threshold; None is soft.
+        inject_cross_attention: inject into cross-attention (Eq. 3).
+        inject_self_attention: inject into self-attention (Eq. 4).
+        all_classes_at_once: judge all masks of an image together, in one pass.
+    """
+
+    candidates: list[list[NestedStep]]
+    every_step: bool = False
+    margin: float = 0.0
+    timesteps: tuple[int, ...] = (400,)
+    draws: int = 2
+    injection_weight: float = 20.0
+    loss: LossKind = "epsilon"
+    binarise_at: float | None = 0.5
+    inject_cross_attention: bool = True
+    inject_self_attention: bool = True
+    all_classes_at_once: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a margin that cannot be measured."""
+        count = self.draws * len(self.timesteps)
+        if self.draws < 1 or count < 1:
+            message = f"draws is {self.draws} at timesteps {self.timesteps}; give one of each"
+            raise ValueError(message)
+        if self.margin < 0 or (self.margin > 0 and count < 2):
+            message = (
+                f"margin is {self.margin} standard errors over {count} draws; give 0 or more, "
+                "and two draws or timesteps at least for a margin"
+            )
+            raise ValueError(message)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether any candidate's steps do."""
+        return any(any_needs_gradient(steps) for steps in self.candidates)
+
+    def __call__(
+        self, foreground: Float[Tensor, "m H W"], context: RefinementContext
+    ) -> Float[Tensor, "m H W"]:
+        """Return each mask's best candidate."""
+        found = [foreground]
+        for steps in self.candidates:
+            masks = foreground
+            for position, step in enumerate(steps, start=1):
+                masks = step(masks, context)
+                if self.every_step or position == len(steps):
+                    found.append(masks)
+        # The empty mask is for the score alone and cannot be chosen.
+        losses = self.losses([*found, torch.zeros_like(foreground)], context)
+        chosen = choose(PairedLosses(losses.losses[:-1]), self.margin)
+        self._record(losses, chosen, foreground, context)
+        every = torch.arange(len(foreground), device=foreground.device)
+        return torch.stack(found)[chosen, every]
+
+    def losses(
+        self, candidates: Sequence[Float[Tensor, "m H W"]], context: RefinementContext
+    ) -> PairedLosses:
+        """Return the candidates' losses, with maps, under this step's settings."""
+        loss = DenoisingLoss(
+            self.injection_weight,
+            self.loss,
+            cross_attention=self.inject_cross_attention,
+            self_attention=self.inject_self_attention,
+            binarise_at=self.binarise_at,
+        )
+        together = self.all_classes_at_once
+        return paired_losses(
+            candidates,
+            context,
+            self.timesteps,
+            self.draws,
+            loss=loss,
+            all_classes_at_once=together,
+            keep_maps=True,
+        )
+
+    def _record(
+        self, losses: PairedLosses, chosen: Tensor, foreground: Tensor, context: RefinementContext
+    ) -> None:
+        every = torch.arange(len(chosen), device=chosen.device)
+        context.record("chosen", chosen)
+        context.record("likelihood", losses.difference()[:-1].T)
+        context.record("likelihood_error", losses.standard_error()[:-1].T)
+        context.keep("score", -losses.difference(-1)[chosen, every])
+        context.keep("score_error", losses.standard_error(-1)[chosen, every])
+        if losses.maps is not None:
+            best, empty = losses.maps[chosen, every], losses.maps[-1]
+            size = (foreground.shape[1], foreground.shape[2])
+            context.keep("pixel_weights", pixel_weights(best, empty, size))
+
+
+def choose(losses: PairedLosses, margin: float = 0.0) -> Int[Tensor, " m"]:
+    """Return each mask's best candidate, 0 unless another is better by the margin.
+
+    Args:
+        losses: of the candidates, the first of which stands if in doubt.
+        margin: in standard errors of the difference.
+    """
+    difference = losses.difference()
+    bound = difference if margin == 0 else difference + margin * losses.standard_error()
+    eligible = difference.masked_fill(bound >= 0, torch.inf)
+    eligible[0] = 0.0
+    return eligible.argmin(0)
+
+
+def pixel_weights(
+    better: Float[Tensor, "m n h w"],
+    worse: Float[Tensor, "m n h w"],
+    size: tuple[int, int],
+    radius: int = 1,
+) -> Float[Tensor, "m H W"]:
+    """Return how surely, from 0 to 1, one mask explains each place better than another.
+
+    The normal distribution function of the paired difference over its standard error; training
+    on the mask can weight its pixels so, or ignore those below some value. With a single draw
+    the error is taken over all places.
+
+    Args:
+        better: squared errors under the mask to be weighed, of every draw.
+        worse: the same under the mask it is compared with, such as the empty one.
+        size: height and width wanted.
+        radius: of the square that errors are averaged over first, in latent cells.
+    """
+    gain = box_mean(worse - better, radius)
+    count = gain.shape[1]
+    error = gain.std(1) / count**0.5 if count > 1 else gain[:, 0].std((1, 2), keepdim=True)
+    sure = torch.special.ndtr(gain.mean(1) / error.clamp_min(torch.finfo(gain.dtype).tiny))
+    fine = functional.interpolate(sure[:, None], size, mode="bilinear", align_corners=False)
+    return fine[:, 0].clamp(0, 1)
+
+
+def rank_images(
+    scores: Float[Tensor, " m"],
+    owner: Int[Tensor, " m"],
+    by: Literal["worst", "mean"] = "worst",
+) -> tuple[int, ...]:
+    """Return the indices of images, those a person should check first at the beginning.
+
+    Args:
+        scores: how much better than an empty mask each mask explains its image.
+        owner: the image index of each mask; images without masks are not ranked.
+        by: what an image's masks count as: their worst score, or the mean.
+    """
+    per_image: dict[int, list[float]] = {}
+    for image, score in zip(owner.tolist(), scores.tolist(), strict=True):
+        per_image.setdefault(image, []).append(score)
+    whole = {
+        image: min(found) if by == "worst" else sum(found) / len(found)
+        for image, found in per_image.items()
+    }
+    return tuple(sorted(whole, key=lambda image: whole[image]))
+
+
+def _rows(
+    foreground: Tensor, context: RefinementContext, *, all_classes_at_once: bool
+) -> tuple[Groups, Rows]:
+    if all_classes_at_once:
+        return groups_per_image(context), rows_per_image(foreground, context)
+    return groups_per_class(context), rows_per_class(foreground, context)
+
+
+def _maps(
+    rows: Rows, context: RefinementContext, loss: DenoisingLoss, timestep: int, draw: int
+) -> Float[Tensor, "r h w"]:
+    parts = context.parts(len(rows))
+    return torch.cat([loss.maps(rows.part(part), context, timestep, draw) for part in parts])
+
+
+def _for_each_mask(per_row: Float[Tensor, "r n h w"], groups: Groups) -> Float[Tensor, "m n h w"]:
+    most = max(len(group) for group in groups.members)
+    return groups.scatter(per_row[:, None].expand(-1, most, -1, -1, -1))

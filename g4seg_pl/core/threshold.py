@@ -1,0 +1,43 @@
+"""A seed's own threshold, moved to one half and back."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def centre_threshold(
+    foreground: Float[Tensor, "*shape"], threshold: float
+) -> Float[Tensor, "*shape"]:
+    """Return masks in which the threshold sits at 0.5, linear on either side; 0 and 1 stay.
+
+    Args:
+        foreground: S, in [0, 1].
+        threshold: from where on S counts as foreground, between 0 and 1; 0.5 changes nothing.
+    """
+    if threshold == 0.5:
+        return foreground
+    below = foreground * (0.5 / threshold)
+    above = 1 - (1 - foreground) * (0.5 / (1 - threshold))
+    return torch.where(foreground < threshold, below, above)
+
+
+def restore_threshold(
+    centred: Float[Tensor, "*shape"], threshold: float
+) -> Float[Tensor, "*shape"]:
+    """Return masks with 0.5 back at the threshold: the inverse of ``centre_threshold``."""
+    if threshold == 0.5:
+        return centred
+    below = centred * (threshold / 0.5)
+    above = 1 - (1 - centred) * ((1 - threshold) / 0.5)
+    return torch.where(centred < 0.5, below, above)
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold that cannot be moved to one half.
+
+    Raises:
+        ValueError: it is not strictly between 0 and 1.
+    """
+    if not 0 < threshold < 1:
+        message = f"threshold is {threshold}; give a value between 0 and 1"
+        raise ValueError(message)
