@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from datamodules.context import ContextDataModule
     from datamodules.folder import FolderDataModule
     from datamodules.nightcity import NightCityDataModule
+    from datamodules.pseudo_labels import PseudoLabelDataModule
     from datamodules.scenes import ScenesDataModule
     from datamodules.voc import VOCDataModule
 
@@ -19,6 +20,7 @@ __all__ = [
     "ContextDataModule",
     "FolderDataModule",
     "NightCityDataModule",
+    "PseudoLabelDataModule",
     "ScenesDataModule",
     "SeedDataModule",
     "VOCDataModule",
@@ -30,6 +32,7 @@ _HOMES = {
     "ContextDataModule": "context",
     "FolderDataModule": "folder",
     "NightCityDataModule": "nightcity",
+    "PseudoLabelDataModule": "pseudo_labels",
     "ScenesDataModule": "scenes",
     "SeedDataModule": "base",
     "VOCDataModule": "voc",

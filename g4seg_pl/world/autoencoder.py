@@ -1,0 +1,88 @@
+"""The small KL autoencoder: 64×64 pixels to a 4×16×16 latent, in diffusers' own class."""
+
+import lightning as L
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional as F
+
+from g4seg_pl.world.classifier import SceneClassifier, one_cycle
+from g4seg_pl.world.scenes import IMAGE_SIZE
+
+# Rows: luma and two colour differences (BT.601). Hue is what a plain L1 gives up first.
+_CHROMA = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
+_CHROMA_WEIGHT = torch.tensor([1.0, 2.0, 2.0])
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """The autoencoder of the embedded world with fresh weights (downsampling factor 4)."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def colour_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """L1 in luma and doubled colour differences, plus a squared term for PSNR."""
+    difference = decoded - images
+    turned = torch.einsum("rc,bchw->brhw", _CHROMA.to(difference), difference)
+    weight = _CHROMA_WEIGHT.to(difference)[None, :, None, None]
+    return (turned.abs() * weight).mean() + difference.square().mean()
+
+
+class AutoencoderTask(L.LightningModule):
+    """Fits the autoencoder: colour loss, the judge's features, a weak KL term."""
+
+    def __init__(
+        self,
+        classifier_weights: dict[str, Tensor] | None = None,
+        learning_rate: float = 1.5e-3,
+        steps: int = 3500,
+        perceptual_weight: float = 0.2,
+        kl_weight: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["classifier_weights"])
+        self.vae = build_autoencoder()
+        self.judge = SceneClassifier().eval().requires_grad_(False)
+        if classifier_weights is not None:
+            self.judge.load_state_dict(classifier_weights)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Loss on ``(images, presence)``; presence is not used."""
+        images = batch[0]
+        self.judge.eval()
+        posterior = self.vae.encode(images).latent_dist
+        decoded = self.vae.decode(posterior.sample()).sample
+        pairs = zip(self.judge.features(decoded), self.judge.features(images), strict=True)
+        seen = sum((F.l1_loss(ours, theirs) for ours, theirs in pairs), decoded.new_zeros(()))
+        pixels = colour_loss(decoded.float(), images)
+        kl = posterior.kl().mean() / images[0].numel()
+        self.log_dict({"pixels": pixels, "seen": seen, "kl": kl}, prog_bar=True)
+        return (
+            pixels + self.hparams["perceptual_weight"] * seen + self.hparams["kl_weight"] * 256 * kl
+        )
+
+    def _seen(self, decoded: Tensor, images: Tensor) -> Tensor:
+        # In float32: batch norm in bf16 is several times slower on a CPU.
+        with torch.autocast(decoded.device.type, enabled=False):
+            with torch.no_grad():
+                targets = self.judge.features(images)
+            ours = self.judge.features(decoded)
+        return torch.stack([F.l1_loss(a, b) for a, b in zip(ours, targets, strict=True)]).sum()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """PSNR in dB of images in [0, 1], the mean over images."""
+        images = batch[0]
+        decoded = self.vae.decode(self.vae.encode(images).latent_dist.mode()).sample
+        error = ((decoded.float().clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
+        self.log("psnr", (-10 * error.log10()).mean(), prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """AdamW under a one-cycle schedule."""
+        return one_cycle(self, self.hparams["learning_rate"], self.hparams["steps"])

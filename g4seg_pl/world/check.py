@@ -1,0 +1,168 @@
+"""The gates: is the embedded world good enough to say anything about the method?
+
+``python -m g4seg_pl.world.check`` measures on held-out scenes, prints a table, writes gates.json
+and a grid of samples, and exits 1 while a gate is missed.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from g4seg_pl.backbones.stable_diffusion import StableDiffusion
+from g4seg_pl.core.diffusion import add_noise
+from g4seg_pl.world.classifier import SceneClassifier
+from g4seg_pl.world.data import held_out
+from g4seg_pl.world.export import WEIGHTS
+from g4seg_pl.world.scenes import CLASS_NAMES
+
+# Far from the scenes of demo and laboratory, which begin at 0.
+FIRST = 500_000
+PROMPTS = tuple(f"a photo of {name}" for name in CLASS_NAMES)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One measured figure beside its bar."""
+
+    name: str
+    value: float
+    bar: float
+    detail: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bar is reached."""
+        return self.value >= self.bar
+
+
+@torch.inference_mode()
+def autoencoder_gates(generator: StableDiffusion, judge: SceneClassifier) -> list[Gate]:
+    """PSNR, and the judge's recall on reconstructions over that on originals."""
+    images, _, presence = held_out("val", 300, first=FIRST)
+    decoded = generator.decode(generator.encode(images))
+    error = ((decoded - images) / 2).square().mean((1, 2, 3))
+    recalls = [
+        float((((judge(each) > 0) * presence).sum() / presence.sum()).item())
+        for each in (images, decoded)
+    ]
+    psnr = float((-10 * error.log10()).mean())
+    detail = f"{recalls[1]:.3f} on reconstructions, {recalls[0]:.3f} on originals"
+    return [
+        Gate("VAE PSNR, dB", psnr, 26.0, "300 scenes"),
+        Gate("VAE recall kept", recalls[1] / recalls[0], 0.9, detail),
+    ]
+
+
+@torch.inference_mode()
+def sample(
+    generator: StableDiffusion,
+    prompts: tuple[str, ...],
+    steps: int = 30,
+    guidance: float = 3.0,
+    seed: int = 0,
+) -> Tensor:
+    """DDIM samples of prompts, images ``(B, 3, S, S)`` in [-1, 1]."""
+    levels = generator.alphas_cumprod
+    times = [int(t) for t in torch.linspace(len(levels) - 1, 0, steps + 1).round()]
+    side = generator.image_size // 4
+    draw = torch.Generator().manual_seed(seed)
+    latents = torch.randn(len(prompts), 4, side, side, generator=draw)
+    named, empty = generator.embed(prompts), generator.embed([""] * len(prompts))
+    for now, then in pairwise(times):
+        free = generator.denoise(latents, now, empty)
+        noise = free + guidance * (generator.denoise(latents, now, named) - free)
+        clean = (latents - (1 - levels[now]).sqrt() * noise) / levels[now].sqrt()
+        latents = levels[then].sqrt() * clean + (1 - levels[then]).sqrt() * noise
+    return generator.decode(clean)
+
+
+def text_gate(generator: StableDiffusion, judge: SceneClassifier, picture: Path | None) -> Gate:
+    """How often the judge finds the prompted class in a sample."""
+    each = 10
+    samples = [sample(generator, PROMPTS, seed=seed) for seed in range(each)]
+    with torch.inference_mode():
+        found = torch.stack([judge(images).diagonal() > 0 for images in samples]).float()
+    if picture is not None:
+        rows = [torch.cat(list(images), dim=2) for images in samples[:6]]
+        grid = ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        side = Image.fromarray(grid.numpy())
+        side.resize((side.width * 2, side.height * 2), Image.Resampling.NEAREST).save(picture)
+    worst = CLASS_NAMES[int(found.mean(0).argmin())]
+    detail = f"{12 * each} samples, 30 DDIM steps, guidance 3; worst class {worst}"
+    return Gate("text is heard", float(found.mean()), 0.85, detail)
+
+
+@torch.inference_mode()
+def diffusion_classifier_gate(generator: StableDiffusion, scenes: int, draws: int = 32) -> Gate:
+    """How often the true class has the lowest denoising loss, under noise common to classes."""
+    images, _, presence = held_out("val", scenes, max_objects=1, first=FIRST)
+    latents, words = generator.encode(images), generator.embed(PROMPTS)
+    times = torch.linspace(100, 900, draws).round().int().tolist()
+    right = 0
+    for index, latent in enumerate(latents):
+        draw = torch.Generator().manual_seed(index)
+        losses = torch.zeros(len(PROMPTS))
+        for time in times:
+            noise = torch.randn(1, *latent.shape, generator=draw)
+            noisy = add_noise(latent[None], noise, generator.alphas_cumprod, time)
+            output = generator.denoise(noisy.expand(len(PROMPTS), -1, -1, -1), time, words)
+            losses += (output - noise).square().mean((1, 2, 3))
+        right += int(presence[index, losses.argmin()].item())
+    detail = f"{scenes} single-object scenes, {draws} draws at t = 100..900"
+    return Gate("diffusion classifier", right / scenes, 0.70, detail)
+
+
+def load_judge(folder: Path = WEIGHTS) -> SceneClassifier:
+    """The recipe's classifier from the repository."""
+    from safetensors.torch import load_file
+
+    judge = SceneClassifier().eval().requires_grad_(False)
+    judge.load_state_dict(load_file(folder / "judge" / "model.safetensors"))
+    return judge
+
+
+def report(gates: list[Gate]) -> str:
+    """The gates as a Markdown table."""
+    rows = [
+        f"| {gate.name} | {gate.value:.3f} | ≥ {gate.bar:g} | "
+        f"{'yes' if gate.passed else 'NO'} | {gate.detail} |"
+        for gate in gates
+    ]
+    return "\n".join(["| gate | measured | bar | passed | how |", "|---|---|---|---|---|", *rows])
+
+
+def main() -> int:
+    """Measure, print, write; 1 while a gate is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--json", type=Path, default=Path("outputs/world/gates.json"))
+    parser.add_argument("--scenes", type=int, default=150, help="single-object scenes")
+    parser.add_argument("--only", choices=["vae", "text", "classifier", "grounding", "clip"])
+    options = parser.parse_args()
+    judge = load_judge(options.weights)
+    generator = StableDiffusion.from_pretrained(str(options.weights / "generator"))
+    picture = options.json.with_name("samples.png")
+    measures: dict[str, Callable[[], list[Gate]]] = {
+        "vae": lambda: autoencoder_gates(generator, judge),
+        "text": lambda: [text_gate(generator, judge, picture)],
+        "classifier": lambda: [diffusion_classifier_gate(generator, options.scenes)],
+    }
+    chosen = [options.only] if options.only else list(measures)
+    gates = [gate for name in chosen for gate in measures[name]()]
+    print(report(gates))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(gate) | {"passed": gate.passed} for gate in gates]
+    options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return 0 if all(gate.passed for gate in gates) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

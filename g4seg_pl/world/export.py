@@ -1,0 +1,114 @@
+"""From the recipe's checkpoints to the folders that Stable Diffusion and open_clip users know."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from transformers import CLIPTokenizer
+
+from g4seg_pl.world.clip import PREPROCESS, clip_config
+from g4seg_pl.world.data import DEFAULT_CACHE
+from g4seg_pl.world.train import judge_weights, load_tokenizer, load_vae
+from g4seg_pl.world.unet import TextToLatent, build_scheduler
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+_MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def averaged_model(out: Path, tokenizer: CLIPTokenizer) -> tuple[TextToLatent, int]:
+    """The averaged U-Net and text encoder of the last checkpoint, and its optimiser steps."""
+    checkpoint = torch.load(out / "unet" / "last.ckpt", weights_only=True)
+    model = AveragedModel(TextToLatent(tokenizer))
+    prefix = "average."
+    state = {
+        name.removeprefix(prefix): weight
+        for name, weight in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    model.load_state_dict(state)
+    return model.module, int(checkpoint["global_step"])
+
+
+def export_generator(out: Path, scaling_factor: float, target: Path) -> None:
+    """Write a folder that ``StableDiffusionPipeline.from_pretrained`` loads.
+
+    Args:
+        out: the recipe's folder of checkpoints.
+        scaling_factor: brings latents to deviation 1.
+        target: the folder to write; weights of the U-Net are stored as float16.
+    """
+    tokenizer = load_tokenizer(out)
+    vae: AutoencoderKL = load_vae(out)
+    vae.register_to_config(scaling_factor=scaling_factor)
+    vae.save_pretrained(target / "vae")
+    model, _ = averaged_model(out, tokenizer)
+    model.unet.set_attn_processor(AttnProcessor2_0())
+    model.unet.half().save_pretrained(target / "unet")
+    model.text_encoder.save_pretrained(target / "text_encoder")
+    tokenizer.save_pretrained(target / "tokenizer")
+    build_scheduler().save_pretrained(target / "scheduler")
+    text = json.dumps(_MODEL_INDEX, indent=2) + "\n"
+    (target / "model_index.json").write_text(text, encoding="utf-8")
+
+
+def export_clip(out: Path, target: Path) -> None:
+    """Write open_clip's local folder: configuration, weights and tokenizer."""
+    tokenizer = load_tokenizer(out)
+    state = torch.load(out / "clip" / "last.ckpt", weights_only=True)["state_dict"]
+    weights: dict[str, Tensor] = {
+        name.removeprefix("clip."): weight.contiguous()
+        for name, weight in state.items()
+        if name.startswith("clip.") and not name.endswith("attn_mask")
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(weights, target / "open_clip_model.safetensors")
+    config = {"model_cfg": clip_config(len(tokenizer)), "preprocess_cfg": PREPROCESS}
+    text = json.dumps(config, indent=2) + "\n"
+    (target / "open_clip_config.json").write_text(text, encoding="utf-8")
+    tokenizer.save_pretrained(target)
+
+
+def export_judge(out: Path, target: Path) -> None:
+    """Write the recipe's classifier."""
+    target.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.contiguous() for name, weight in judge_weights(out).items()}
+    save_file(weights, target / "model.safetensors")
+
+
+def main() -> None:
+    """``python -m g4seg_pl.world.export judge|clip|generator`` fills the package's weights."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("what", choices=["judge", "clip", "generator"])
+    parser.add_argument("--out", type=Path, default=Path("outputs/world/train"))
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--target", type=Path, default=WEIGHTS)
+    options = parser.parse_args()
+    if options.what == "judge":
+        export_judge(options.out, options.target / "judge")
+        return
+    if options.what == "clip":
+        export_clip(options.out, options.target / "clip")
+        return
+    scale = json.loads((options.cache / "scaling_factor.json").read_text())["scaling_factor"]
+    export_generator(options.out, scale, options.target / "generator")
+
+
+if __name__ == "__main__":
+    main()

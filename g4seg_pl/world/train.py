@@ -1,0 +1,213 @@
+"""The recipe of the embedded world's models: ``python -m g4seg_pl.world.train vae|clip|unet``.
+
+Each stage is a LightningModule that resumes from its last checkpoint whenever it is started again,
+on a CPU (bf16 autocast) or a GPU. The order is classifier, vae, latents, unet; clip needs the
+classifier only.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from transformers import CLIPTokenizer
+
+from g4seg_pl.world.autoencoder import AutoencoderTask
+from g4seg_pl.world.classifier import ClassifierTask
+from g4seg_pl.world.clip import ClipTask
+from g4seg_pl.world.data import DEFAULT_CACHE, held_out, load_shards, split_row
+from g4seg_pl.world.text import write_tokenizer
+from g4seg_pl.world.unet import LatentBatches, UNetTask
+
+BATCH = 64
+
+
+class SceneBatches(IterableDataset[tuple[Tensor, Tensor]]):
+    """Endless random batches ``(images, presence)`` of cached scenes, half of them mirrored."""
+
+    def __init__(self, cache: Path, shards: int, batch: int = BATCH) -> None:
+        self.shards = load_shards(cache, shards)
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches for ever; every start draws anew."""
+        rng = np.random.default_rng()
+        while True:
+            shard = self.shards[int(rng.integers(len(self.shards)))]
+            rows = np.sort(rng.choice(len(shard), self.batch, replace=False))
+            images, presence = split_row(torch.from_numpy(shard[rows]))
+            mirrored = torch.from_numpy(rng.random(self.batch) < 0.5)
+            images[mirrored] = images[mirrored].flip(-1)
+            yield images, presence
+
+
+def fit(
+    task: L.LightningModule,
+    folder: Path,
+    steps: int,
+    loaders: tuple,
+    precision: str = "bf16-mixed",
+) -> None:
+    """Train ``task`` to ``steps`` optimiser steps, going on from ``folder/last.ckpt`` if there."""
+    checkpoint = ModelCheckpoint(folder, save_last=True, train_time_interval=timedelta(minutes=3))
+    trainer = L.Trainer(
+        max_steps=steps,
+        precision=precision,
+        accelerator="auto",
+        devices=1,
+        logger=CSVLogger(folder, name="log"),
+        callbacks=[checkpoint],
+        val_check_interval=min(250, steps),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=50,
+    )
+    last = folder / "last.ckpt"
+    trainer.fit(task, *loaders, ckpt_path=last if last.exists() else None, weights_only=False)
+    trainer.save_checkpoint(last)
+
+
+def _scene_loaders(options: argparse.Namespace, batch: int = BATCH) -> tuple:
+    images, _, presence = held_out("val", 256)
+    validation = DataLoader(TensorDataset(images, presence), 64)
+    return DataLoader(SceneBatches(options.cache, options.shards, batch), None), validation
+
+
+def train_classifier(options: argparse.Namespace) -> None:
+    """The judge of the gates and of the autoencoder."""
+    steps = options.steps or 1500
+    loaders = _scene_loaders(options)
+    # Batch norm in bf16 is slow on a CPU; the judge is small enough for float32.
+    fit(
+        ClassifierTask(steps=steps),
+        options.out / "classifier",
+        steps,
+        loaders,
+        "32-true",
+    )
+
+
+def judge_weights(out: Path) -> dict[str, Tensor]:
+    """The judge's weights from its last checkpoint."""
+    state = torch.load(out / "classifier" / "last.ckpt", weights_only=True)["state_dict"]
+    return {name.removeprefix("net."): weight for name, weight in state.items()}
+
+
+def train_vae(options: argparse.Namespace) -> None:
+    """The autoencoder; needs the judge."""
+    steps = options.steps or 3500
+    fit(
+        AutoencoderTask(judge_weights(options.out), steps=steps),
+        options.out / "vae",
+        steps,
+        _scene_loaders(options, batch=8),  # many small steps serve an autoencoder best
+    )
+
+
+def train_clip(options: argparse.Namespace) -> None:
+    """The CLIP; needs the judge."""
+    steps = options.steps or 5000
+    task = ClipTask(load_tokenizer(options.out), judge_weights(options.out), steps=steps)
+    # The fused kernel's backward is the slower one at these sizes on a CPU.
+    with sdpa_kernel(SDPBackend.MATH):
+        fit(task, options.out / "clip", steps, _scene_loaders(options, batch=32))
+
+
+def load_vae(out: Path) -> AutoencoderKL:
+    """The autoencoder of the last checkpoint, without gradients."""
+    task = AutoencoderTask()
+    state = torch.load(out / "vae" / "last.ckpt", weights_only=True)["state_dict"]
+    task.load_state_dict(state)
+    return task.vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def load_tokenizer(out: Path) -> CLIPTokenizer:
+    """The tokenizer, written on first use."""
+    folder = out / "tokenizer"
+    if not (folder / "vocab.json").exists():
+        write_tokenizer(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def encode_shard(vae: AutoencoderKL, scenes: Path, scale: float) -> None:
+    """Write the scaled latent modes of one shard as float16 ``(N, 4, 16, 16)``, once."""
+    target = scenes.with_name(scenes.name.replace("scenes", "latents"))
+    if target.exists():
+        return
+    rows = np.load(scenes, mmap_mode="r")
+    parts = []
+    for start in range(0, len(rows), 100):
+        images, _ = split_row(torch.from_numpy(np.array(rows[start : start + 100])))
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(vae.encode(images).latent_dist.mode().float() * scale)
+    temporary = target.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, torch.cat(parts).half().numpy())
+    temporary.rename(target)
+
+
+def encode_latents(options: argparse.Namespace) -> None:
+    """Encode every shard that has no latents yet; the scale makes their deviation 1."""
+    vae = load_vae(options.out)
+    first = sorted(options.cache.glob("scenes_*.npy"))
+    record = options.cache / "scaling_factor.json"
+    if not record.exists():
+        images, _ = split_row(torch.from_numpy(np.array(np.load(first[0], mmap_mode="r")[:512])))
+        with torch.inference_mode():
+            deviation = vae.encode(images).latent_dist.mode().std()
+        record.write_text(json.dumps({"scaling_factor": round(1 / float(deviation), 5)}))
+    scale = json.loads(record.read_text())["scaling_factor"]
+    for scenes in first:
+        encode_shard(vae, scenes, scale)
+
+
+def train_unet(options: argparse.Namespace) -> None:
+    """The U-Net with its text encoder; needs latents. Runs on with more ``--steps`` at any time."""
+    steps = options.steps or 20_000
+    tokenizer = load_tokenizer(options.out)
+    task = UNetTask(tokenizer, steps=steps, compile_model=options.compile)
+    loader = DataLoader(LatentBatches(options.cache, tokenizer, BATCH), None)
+    fit(task, options.out / "unet", steps, (loader,))
+
+
+def main() -> None:
+    """Parse the stage and run it."""
+    stages = {
+        "classifier": train_classifier,
+        "vae": train_vae,
+        "latents": encode_latents,
+        "clip": train_clip,
+        "unet": train_unet,
+    }
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=list(stages))
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--shards", type=int, default=20, help="of 10,000 scenes each")
+    parser.add_argument("--out", type=Path, default=Path("outputs/world/train"))
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--compile", action="store_true", help="compile the U-Net (2 minutes)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    L.seed_everything(0)
+    stages[options.stage](options)
+
+
+if __name__ == "__main__":
+    main()
