@@ -22,14 +22,14 @@ class AttentionRecord:
     Attributes:
         layer: the layer's dotted name in the U-Net.
         query: ``(b, heads, n, d)``, as they enter the attention.
-        key: ``(b, heads, n, d)``.
+        key: ``(b, heads, m, d)``; m is n in self-attention, the prompt's tokens in cross-attention.
         scale: what the layer multiplies the logits with, 1/√d.
         grid: height and width of the layer's token grid; their product is n, rows first.
     """
 
     layer: str
     query: Float[Tensor, "b heads n d"]
-    key: Float[Tensor, "b heads n d"]
+    key: Float[Tensor, "b heads m d"]
     scale: float
     grid: tuple[int, int]
 

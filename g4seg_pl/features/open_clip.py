@@ -93,7 +93,7 @@ class OpenClipFeatures(DenseFeatures):
             tokens = block(tokens)
         return tokens[:, 1:]
 
-    def _check(self, visual: Any) -> None:  # noqa: ANN401
+    def _check(self, visual: Any) -> None:
         from open_clip.transformer import VisionTransformer
 
         if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None:
@@ -108,7 +108,7 @@ class OpenClipFeatures(DenseFeatures):
             raise ConfigurationError(message)
 
 
-def load_open_clip(model: str, pretrained: str | None, argument: str) -> Any:  # noqa: ANN401
+def load_open_clip(model: str, pretrained: str | None, argument: str) -> Any:
     """Load a whole CLIP model of open_clip, as open_clip returns it.
 
     Args:

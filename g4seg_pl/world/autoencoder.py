@@ -3,6 +3,7 @@
 import lightning as L
 import torch
 from diffusers import AutoencoderKL
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -83,6 +84,6 @@ class AutoencoderTask(L.LightningModule):
         error = ((decoded.float().clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
         self.log("psnr", (-10 * error.log10()).mean(), prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW under a one-cycle schedule."""
         return one_cycle(self, self.hparams["learning_rate"], self.hparams["steps"])

@@ -10,16 +10,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.core.diffusion import add_noise
+from g4seg_pl.seeds.clip_model import encode_texts, load_clip
+from g4seg_pl.seeds.diffsegmenter import cross_attention_map, recorded_attention
 from g4seg_pl.world.classifier import SceneClassifier
 from g4seg_pl.world.data import held_out
-from g4seg_pl.world.export import WEIGHTS
+from g4seg_pl.world.folders import CLIP, WEIGHTS
+from g4seg_pl.world.load import load_seed_maker
+from g4seg_pl.world.load import scenes as scene_samples
 from g4seg_pl.world.scenes import CLASS_NAMES
 
 # Far from the scenes of demo and laboratory, which begin at 0.
@@ -120,6 +126,54 @@ def diffusion_classifier_gate(generator: StableDiffusion, scenes: int, draws: in
     return Gate("diffusion classifier", right / scenes, 0.70, detail)
 
 
+@torch.inference_mode()
+def grounding_gate(generator: StableDiffusion, scenes: int, timestep: int = 200) -> Gate:
+    """How often the class tokens' cross-attention is strongest inside the object.
+
+    Averaged over heads and layers, each resolution counting the same.
+    """
+    images, masks, presence = held_out("val", scenes, max_objects=1, first=FIRST)
+    draw = torch.Generator().manual_seed(0)
+    latents = generator.encode(images)
+    noise = torch.randn(latents.shape, generator=draw)
+    noisy = add_noise(latents, noise, generator.alphas_cumprod, timestep)
+    names = [CLASS_NAMES[int(k)] for k in presence.argmax(1)]
+    prompts = [f"a photo of {name}" for name in names]
+    _, cross = recorded_attention(generator, noisy, timestep, generator.embed(prompts))
+    tokens = torch.stack([generator.token_mask(p, n) for p, n in zip(prompts, names, strict=True)])
+    maps = cross_attention_map(cross, tokens, weights=(1.0, 1.0, 1.0))
+    detail = f"{scenes} single-object scenes, t = {timestep}"
+    return Gate("grounding", _peaks_inside(maps, masks), 0.75, detail)
+
+
+def _peaks_inside(maps: Tensor, masks: Tensor) -> float:
+    """Share of maps ``(N, h, w)`` whose largest value lies on the object of ``(N, H, W)``."""
+    side = masks.shape[-1]
+    full = F.interpolate(maps[:, None].float(), (side, side), mode="bilinear")[:, 0]
+    best = full.flatten(1).argmax(1)
+    return float((masks.flatten(1).gather(1, best[:, None]) > 0).float().mean())
+
+
+def clip_gates(scenes: int) -> list[Gate]:
+    """Zero-shot classification, and where Grad-CAM peaks, on single-object scenes."""
+    images, masks, presence = held_out("val", scenes, max_objects=1, first=FIRST)
+    maker = load_seed_maker()
+    samples = scene_samples("val", scenes, first=FIRST, max_objects=1)
+    with torch.no_grad():
+        maps = torch.cat([maker.make(sample).foreground for sample in samples])
+        clip, tokenizer = load_clip(str(CLIP))
+        texts = encode_texts(clip, tokenizer, CLASS_NAMES, ["a photo of {}"])
+        encoder: Any = clip
+        seen = F.normalize(encoder.encode_image(images), dim=-1)
+        best = (seen @ texts.T).argmax(1)
+    top1 = float(presence.gather(1, best[:, None]).mean())
+    detail = f"{scenes} single-object scenes"
+    return [
+        Gate("CLIP zero-shot top-1", top1, 0.90, detail),
+        Gate("Grad-CAM peak inside", _peaks_inside(maps, masks), 0.75, detail),
+    ]
+
+
 def load_judge(folder: Path = WEIGHTS) -> SceneClassifier:
     """The recipe's classifier from the repository."""
     from safetensors.torch import load_file
@@ -154,6 +208,8 @@ def main() -> int:
         "vae": lambda: autoencoder_gates(generator, judge),
         "text": lambda: [text_gate(generator, judge, picture)],
         "classifier": lambda: [diffusion_classifier_gate(generator, options.scenes)],
+        "grounding": lambda: [grounding_gate(generator, options.scenes)],
+        "clip": lambda: clip_gates(options.scenes),
     }
     chosen = [options.only] if options.only else list(measures)
     gates = [gate for name in chosen for gate in measures[name]()]

@@ -6,6 +6,7 @@ refiner never sees it.
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,7 +48,8 @@ class SceneClassifier(nn.Module):
         """Logits of presence, ``(B, 12)``."""
         # The largest response beside the mean: small objects must not drown in the ground.
         last = self.features(images)[-1]
-        return self.head(last.mean((2, 3)) * 0.5 + last.amax((2, 3)) * 0.5)
+        logits: Tensor = self.head(last.mean((2, 3)) * 0.5 + last.amax((2, 3)) * 0.5)
+        return logits
 
 
 class ClassifierTask(L.LightningModule):
@@ -76,12 +78,12 @@ class ClassifierTask(L.LightningModule):
             prog_bar=True,
         )
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW under a one-cycle schedule."""
         return one_cycle(self, self.hparams["learning_rate"], self.hparams["steps"])
 
 
-def one_cycle(module: nn.Module, learning_rate: float, steps: int) -> dict[str, object]:
+def one_cycle(module: nn.Module, learning_rate: float, steps: int) -> OptimizerLRSchedulerConfig:
     """AdamW with decay 0.02, warmed up and annealed to zero over ``steps`` optimiser steps."""
     trainable = [weight for weight in module.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.02)

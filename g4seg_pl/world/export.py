@@ -9,15 +9,13 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTokenizer
 
 from g4seg_pl.world.clip import PREPROCESS, clip_config
 from g4seg_pl.world.data import DEFAULT_CACHE
+from g4seg_pl.world.folders import WEIGHTS
 from g4seg_pl.world.train import judge_weights, load_tokenizer, load_vae
 from g4seg_pl.world.unet import TextToLatent, build_scheduler
-
-WEIGHTS = Path(__file__).parent / "weights"
 
 _MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -32,18 +30,18 @@ _MODEL_INDEX = {
 }
 
 
-def averaged_model(out: Path, tokenizer: CLIPTokenizer) -> tuple[TextToLatent, int]:
-    """The averaged U-Net and text encoder of the last checkpoint, and its optimiser steps."""
+def averaged_model(out: Path, tokenizer: CLIPTokenizer) -> TextToLatent:
+    """The averaged U-Net and text encoder of the last checkpoint."""
     checkpoint = torch.load(out / "unet" / "last.ckpt", weights_only=True)
-    model = AveragedModel(TextToLatent(tokenizer))
-    prefix = "average."
+    model = TextToLatent(tokenizer)
+    prefix = "average.module."
     state = {
         name.removeprefix(prefix): weight
         for name, weight in checkpoint["state_dict"].items()
         if name.startswith(prefix)
     }
     model.load_state_dict(state)
-    return model.module, int(checkpoint["global_step"])
+    return model
 
 
 def export_generator(out: Path, scaling_factor: float, target: Path) -> None:
@@ -58,7 +56,7 @@ def export_generator(out: Path, scaling_factor: float, target: Path) -> None:
     vae: AutoencoderKL = load_vae(out)
     vae.register_to_config(scaling_factor=scaling_factor)
     vae.save_pretrained(target / "vae")
-    model, _ = averaged_model(out, tokenizer)
+    model = averaged_model(out, tokenizer)
     model.unet.set_attn_processor(AttnProcessor2_0())
     model.unet.half().save_pretrained(target / "unet")
     model.text_encoder.save_pretrained(target / "text_encoder")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -11,11 +10,9 @@ from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.refiner import G4SegRefiner
 from g4seg_pl.seeds.clip_es import ClipES
-from g4seg_pl.types import Sample
+from g4seg_pl.types import Sample, Seed
+from g4seg_pl.world.folders import CLIP, GENERATOR
 from g4seg_pl.world.scenes import CLASS_NAMES, Split
-
-WEIGHTS = Path(__file__).parent / "weights"
-GENERATOR, CLIP = WEIGHTS / "generator", WEIGHTS / "clip"
 
 
 def load_refiner(
@@ -45,7 +42,7 @@ def load_seed_maker(*, affinity: bool = False) -> ClipES:
         background_words=list(CLASS_NAMES),
         prompt_template="a photo of {}",
         affinity=affinity,
-        pooling="class_token",
+        pooling="patches",
     )
     maker.configure_model()
     return maker
@@ -63,4 +60,8 @@ def scenes(split: Split, count: int, first: int = 0, max_objects: int = 3) -> li
 def with_seeds(samples: Sequence[Sample], maker: ClipES) -> list[Sample]:
     """The samples with the maker's coarse masks."""
     with torch.no_grad():
-        return [replace(sample, seed=maker.make(sample)) for sample in samples]
+        made = [maker.make(sample) for sample in samples]
+    return [
+        replace(sample, seed=Seed(each.class_ids, each.foreground))
+        for sample, each in zip(samples, made, strict=True)
+    ]

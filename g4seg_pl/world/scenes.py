@@ -6,7 +6,7 @@ light and shadow run across borders, so that neither colour nor texture alone gi
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from g4seg_pl.world import shapes, textures
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 IMAGE_SIZE = 64
 FIRST_SEED = {"train": 0, "val": 10_000_000, "test": 20_000_000}
 Split = Literal["train", "val", "test"]

@@ -6,11 +6,12 @@ same shape. The values are only near-distances: they are divided by their own gr
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Shape = Callable[[Array, Array, np.random.Generator], Array]
 
 
@@ -19,11 +20,11 @@ def _polar(u: Array, v: Array) -> tuple[Array, Array]:
 
 
 def _union(*parts: Array) -> Array:
-    return np.minimum.reduce(parts)
+    return np.asarray(np.minimum.reduce(parts))
 
 
 def _box(u: Array, v: Array, half_width: float, half_height: float) -> Array:
-    return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
+    return np.asarray(np.maximum(np.abs(u) - half_width, np.abs(v) - half_height))
 
 
 def disc(u: Array, v: Array, rng: np.random.Generator) -> Array:

@@ -6,12 +6,13 @@ object from what is behind it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Texture = Callable[[Array, Array, np.random.Generator], Array]
 
 

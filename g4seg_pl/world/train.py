@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -27,10 +29,13 @@ from g4seg_pl.world.autoencoder import AutoencoderTask
 from g4seg_pl.world.classifier import ClassifierTask
 from g4seg_pl.world.clip import ClipTask
 from g4seg_pl.world.data import DEFAULT_CACHE, held_out, load_shards, split_row
+from g4seg_pl.world.folders import GENERATOR, JUDGE
 from g4seg_pl.world.text import write_tokenizer
 from g4seg_pl.world.unet import LatentBatches, UNetTask
 
 BATCH = 64
+DIFFUSERS_SCALE = 0.18215  # of an autoencoder that was never told its own
+Loaders = tuple[DataLoader[Any], DataLoader[Any] | None]
 
 
 class SceneBatches(IterableDataset[tuple[Tensor, Tensor]]):
@@ -56,8 +61,8 @@ def fit(
     task: L.LightningModule,
     folder: Path,
     steps: int,
-    loaders: tuple,
-    precision: str = "bf16-mixed",
+    loaders: Loaders,
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
 ) -> None:
     """Train ``task`` to ``steps`` optimiser steps, going on from ``folder/last.ckpt`` if there."""
     checkpoint = ModelCheckpoint(folder, save_last=True, train_time_interval=timedelta(minutes=3))
@@ -77,11 +82,14 @@ def fit(
         log_every_n_steps=50,
     )
     last = folder / "last.ckpt"
-    trainer.fit(task, *loaders, ckpt_path=last if last.exists() else None, weights_only=False)
+    train, validation = loaders
+    start = last if last.exists() else None
+    # The checkpoints are our own: optimiser and loop states are more than weights.
+    trainer.fit(task, train, validation, ckpt_path=start, weights_only=False)
     trainer.save_checkpoint(last)
 
 
-def _scene_loaders(options: argparse.Namespace, batch: int = BATCH) -> tuple:
+def _scene_loaders(options: argparse.Namespace, batch: int = BATCH) -> Loaders:
     images, _, presence = held_out("val", 256)
     validation = DataLoader(TensorDataset(images, presence), 64)
     return DataLoader(SceneBatches(options.cache, options.shards, batch), None), validation
@@ -102,8 +110,11 @@ def train_classifier(options: argparse.Namespace) -> None:
 
 
 def judge_weights(out: Path) -> dict[str, Tensor]:
-    """The judge's weights from its last checkpoint."""
-    state = torch.load(out / "classifier" / "last.ckpt", weights_only=True)["state_dict"]
+    """The judge's weights from its last checkpoint, or those of the repository."""
+    checkpoint = out / "classifier" / "last.ckpt"
+    if not checkpoint.exists():
+        return load_file(JUDGE / "model.safetensors")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
     return {name.removeprefix("net."): weight for name, weight in state.items()}
 
 
@@ -128,11 +139,15 @@ def train_clip(options: argparse.Namespace) -> None:
 
 
 def load_vae(out: Path) -> AutoencoderKL:
-    """The autoencoder of the last checkpoint, without gradients."""
-    task = AutoencoderTask()
-    state = torch.load(out / "vae" / "last.ckpt", weights_only=True)["state_dict"]
-    task.load_state_dict(state)
-    return task.vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    """The autoencoder of the last checkpoint, or that of the repository, without gradients."""
+    checkpoint = out / "vae" / "last.ckpt"
+    if checkpoint.exists():
+        task = AutoencoderTask()
+        task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+        vae = task.vae
+    else:
+        vae = AutoencoderKL.from_pretrained(GENERATOR, subfolder="vae")
+    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_tokenizer(out: Path) -> CLIPTokenizer:
@@ -167,6 +182,8 @@ def encode_latents(options: argparse.Namespace) -> None:
     vae = load_vae(options.out)
     first = sorted(options.cache.glob("scenes_*.npy"))
     record = options.cache / "scaling_factor.json"
+    if not record.exists() and vae.config.scaling_factor != DIFFUSERS_SCALE:
+        record.write_text(json.dumps({"scaling_factor": vae.config.scaling_factor}))
     if not record.exists():
         images, _ = split_row(torch.from_numpy(np.array(np.load(first[0], mmap_mode="r")[:512])))
         with torch.inference_mode():
@@ -178,12 +195,18 @@ def encode_latents(options: argparse.Namespace) -> None:
 
 
 def train_unet(options: argparse.Namespace) -> None:
-    """The U-Net with its text encoder; needs latents. Runs on with more ``--steps`` at any time."""
+    """The U-Net with its text encoder; needs latents. Runs on with more ``--steps`` at any time.
+
+    With ``--continue-published`` it starts from the weights of the repository, where a checkpoint
+    with the optimiser's state is not at hand.
+    """
     steps = options.steps or 20_000
     tokenizer = load_tokenizer(options.out)
     task = UNetTask(tokenizer, steps=steps, compile_model=options.compile)
+    if options.continue_published:
+        task.start_from(GENERATOR)
     loader = DataLoader(LatentBatches(options.cache, tokenizer, BATCH), None)
-    fit(task, options.out / "unet", steps, (loader,))
+    fit(task, options.out / "unet", steps, (loader, None))
 
 
 def main() -> None:
@@ -203,6 +226,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--compile", action="store_true", help="compile the U-Net (2 minutes)")
+    parser.add_argument("--continue-published", action="store_true", help="see train_unet")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     L.seed_everything(0)

@@ -1,6 +1,7 @@
 """The text-to-image U-Net of the embedded world, trained with its text encoder."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -117,12 +119,10 @@ class TextToLatent(torch.nn.Module):
         end = (ids == self.end_of_text).int().cumsum(1)
         keep = (end <= 1) & ((end == 0) | ((end == 1) & (ids == self.end_of_text)))
         visible = keep | ~hide_padding[:, None]
-        return self.unet(
-            noisy,
-            timesteps,
-            encoder_hidden_states=words,
-            encoder_attention_mask=visible,
+        predicted: Tensor = self.unet(
+            noisy, timesteps, encoder_hidden_states=words, encoder_attention_mask=visible
         ).sample
+        return predicted
 
 
 class UNetTask(L.LightningModule):
@@ -141,9 +141,20 @@ class UNetTask(L.LightningModule):
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
         self.average.requires_grad_(False)
         self.run_model = torch.compile(self.model) if compile_model else self.model
+        self.alphas: Tensor
         self.register_buffer("alphas", build_scheduler().alphas_cumprod, persistent=False)
 
-    def _loss(self, model: torch.nn.Module, latents: Tensor, ids: Tensor, hide: Tensor) -> Tensor:
+    def start_from(self, folder: Path) -> None:
+        """Take over the weights of a diffusers folder, for the model and its average."""
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+        for model in (self.model, self.average.module):
+            model.unet.load_state_dict(unet.state_dict())
+            model.text_encoder.load_state_dict(text_encoder.state_dict())
+
+    def _loss(
+        self, model: Callable[..., Tensor], latents: Tensor, ids: Tensor, hide: Tensor
+    ) -> Tensor:
         timesteps = torch.randint(0, len(self.alphas), (len(latents),), device=latents.device)
         noise = torch.randn_like(latents)
         level = self.alphas[timesteps][:, None, None, None]
@@ -167,7 +178,7 @@ class UNetTask(L.LightningModule):
         """Move the average."""
         self.average.update_parameters(self.model)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, 500 steps of warm-up, the last third annealed to zero."""
         steps = self.hparams["steps"]
 

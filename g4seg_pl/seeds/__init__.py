@@ -1,0 +1,1 @@
+"""Makers of coarse masks: each a LightningModule around pure functions of tensors."""

@@ -1,0 +1,6 @@
+"""Where the embedded world's weights lie in the package."""
+
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parent / "weights"
+GENERATOR, CLIP, JUDGE = WEIGHTS / "generator", WEIGHTS / "clip", WEIGHTS / "judge"

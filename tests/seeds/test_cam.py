@@ -1,0 +1,188 @@
+"""CAM against a loop over scales, the grad-cam library, and a fit on image-level labels."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from g4seg_pl.seeds.base import resize_picture
+from g4seg_pl.seeds.cam import Cam, gradient_maps, multi_scale_cam
+from g4seg_pl.seeds.cam_training import TrainingItems, training_picture
+from g4seg_pl.seeds.classifier import ResNetClassifier, activation_maps, read_weights
+from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask, Sample, Seed
+
+
+@pytest.fixture(scope="module")
+def network() -> ResNetClassifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ResNetClassifier("resnet18", 6).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def pictures() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(1, 3, *size, generator=generator) for size in ((40, 53), (20, 26))]
+
+
+def test_features_lie_on_a_sixteenth_without_dilation() -> None:
+    network = ResNetClassifier("resnet50", 3)
+    stage = network.resnet.layer4
+    strides = {m.stride for m in stage.modules() if isinstance(m, torch.nn.Conv2d)}
+    dilations = {m.dilation for m in stage.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert strides == dilations == {(1, 1)}
+    assert network.head.weight.shape == (3, 2048, 1, 1)
+
+
+def test_the_mean_of_the_response_is_the_logit(
+    network: ResNetClassifier, pictures: list[Tensor]
+) -> None:
+    response = functional.conv2d(network.features(pictures[0]), network.head.weight)
+    assert torch.allclose(response.mean((2, 3)), network(pictures[0]), atol=1e-5)
+    assert response.shape[2:] == (3, 4)
+
+
+def test_scales_and_mirror_images_are_summed_and_divided_by_the_maximum(
+    network: ResNetClassifier, pictures: list[Tensor]
+) -> None:
+    found = multi_scale_cam(network, pictures, [4, 1], (40, 53))
+    total = torch.zeros(2, 48, 64)
+    for picture in pictures:
+        for mirrored in (False, True):
+            view = picture.flip(3) if mirrored else picture
+            maps = functional.conv2d(network.features(view), network.head.weight[[4, 1]]).relu()
+            maps = maps.flip(3) if mirrored else maps
+            total += functional.interpolate(maps, (48, 64), mode="bilinear")[0]
+    total = total[:, :40, :53]
+    for row, expected in zip(found, total, strict=True):
+        assert torch.allclose(row, expected / (expected.max() + 1e-5), atol=1e-4)
+
+
+def test_gradcam_on_the_last_stage_is_cam(
+    network: ResNetClassifier, pictures: list[Tensor]
+) -> None:
+    # The head is linear on the mean, so that the gradient is the head's weight over the places.
+    found = gradient_maps(network, pictures[0], [2], "gradcam")
+    expected = torch.zeros(40, 53)
+    for mirrored in (False, True):
+        view = pictures[0].flip(3) if mirrored else pictures[0]
+        cam = functional.conv2d(network.features(view), network.head.weight[[2]]).relu()
+        cam = cam - cam.min()
+        cam = functional.interpolate(cam / cam.max(), (40, 53), mode="bilinear")[0, 0]
+        cam = (cam - cam.min()) / (cam.max() - cam.min())
+        expected += cam.flip(1) if mirrored else cam
+    assert torch.allclose(found[0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["gradcam++", "layercam"])
+def test_variants_give_maps_in_range(
+    network: ResNetClassifier, pictures: list[Tensor], method: Any
+) -> None:
+    found = multi_scale_cam(network, pictures[1:], [0, 3], (20, 26), method)
+    assert found.shape == (2, 20, 26)
+    assert found.min() >= 0
+    assert torch.allclose(found.amax((1, 2)), torch.ones(2), atol=1e-3)
+
+
+def test_irns_names_are_understood(network: ResNetClassifier, tmp_path: Path) -> None:
+    renamed = {}
+    for name, weight in network.state_dict().items():
+        theirs = name.replace("resnet.", "resnet50.").replace("head.", "classifier.")
+        renamed[theirs] = weight
+        renamed["backbone.0." + name] = weight
+    torch.save(renamed, tmp_path / "res.pth")
+    found = read_weights(tmp_path / "res.pth")
+    assert found.keys() == network.state_dict().keys()
+
+
+def samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(2)
+    made = []
+    for index in range(4):
+        pixels = torch.randint(0, 80, (3, 36, 48), generator=generator)
+        pixels[index % 2] += 150
+        seed = Seed((index % 2 + 1,), torch.zeros(1, 36, 48))
+        made.append(Sample(f"{index}", pixels.to(torch.uint8), seed, ("dog",)))
+    return made
+
+
+class Scenes(pl.LightningDataModule):
+    """Two classes of noise."""
+
+    class_list = ("red", "green")
+    items = ("0", "1", "2", "3")
+    num_workers = 0
+
+    def predict_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(samples(), batch_size=2, collate_fn=list)  # type: ignore[arg-type]
+
+
+def test_fit_then_predict_from_its_checkpoint(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"architecture": "resnet18"}
+    maker = Cam(crop=48, longer_side=(40, 56), learning_rate=0.05, **options)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(maker, datamodule=TrainingItems(Scenes(), batch_size=2))
+    assert maker.network is not None
+    assert maker.network.head.out_channels == 2
+    assert not maker.network.resnet.bn1.training
+    trainer.save_checkpoint(tmp_path / "cam.ckpt")
+
+    read = Cam(weights=str(tmp_path / "cam.ckpt"), scales=[1.0, 0.5], **options)
+    read.configure_model()
+    assert read.network is not None
+    assert torch.equal(read.network.head.weight, maker.network.head.weight)
+    made, failed = read.predict_step([samples()[0], Sample("x", *_unlabelled())])
+    assert isinstance(made, RefinedMask)
+    assert made.foreground.shape == (1, 36, 48)
+    assert isinstance(failed, FailedSample)
+
+
+def _unlabelled() -> tuple[Tensor, Seed, tuple[str, ...]]:
+    return torch.zeros(3, 8, 8, dtype=torch.uint8), Seed((), torch.zeros(0, 8, 8)), ()
+
+
+def test_training_pictures_have_one_size_whatever_the_image(sample: Sample) -> None:
+    for crop in (24, 80):
+        picture = training_picture(sample, crop, (30, 60))
+        assert picture.shape == (1, 3, crop, crop)
+    assert (training_picture(sample, 200, (30, 60)) == 0).float().mean() > 0.8
+
+
+def test_activation_maps_of_a_symmetric_image_are_symmetric(network: ResNetClassifier) -> None:
+    half = torch.randn(1, 3, 32, 24, generator=torch.Generator().manual_seed(3))
+    maps = activation_maps(network, torch.cat([half, half.flip(3)], dim=3), [0, 5])
+    assert torch.allclose(maps, maps.flip(2), atol=1e-4)
+
+
+def test_pictures_are_resized_as_pillow_does(sample: Sample) -> None:
+    picture = resize_picture(sample.image, (20, 26))
+    steps = (picture + 1) * 127.5
+    assert picture.shape == (1, 3, 20, 26)
+    assert torch.allclose(steps, steps.round(), atol=1e-4)
+
+
+@pytest.mark.parametrize(("weights", "said"), [(None, "weights: None"), ("no.pth", "no file")])
+def test_weights_that_are_not_there_are_named(weights: str | None, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        Cam("resnet18", weights=weights).configure_model()
+
+
+def test_weights_of_another_network_are_refused(network: ResNetClassifier, tmp_path: Path) -> None:
+    torch.save(network.state_dict(), tmp_path / "18.pth")
+    with pytest.raises(ConfigurationError, match="is no resnet50"):
+        Cam("resnet50", weights=str(tmp_path / "18.pth")).configure_model()
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ConfigurationError, match="no classifier"):
+        Cam("resnet18", weights=str(tmp_path / "other.pth")).configure_model()

@@ -1,0 +1,158 @@
+"""The whole recipe in miniature: every stage trains, resumes, and ends in folders others load."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from g4seg_pl.backbones.stable_diffusion import StableDiffusion
+from g4seg_pl.world import data, export, train
+from g4seg_pl.world.autoencoder import build_autoencoder, colour_loss
+from g4seg_pl.world.check import Gate, _peaks_inside, report
+from g4seg_pl.world.scenes import CLASS_NAMES
+from g4seg_pl.world.unet import UNetTask, build_scheduler, draw_caption
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Lightning's advice to people who train for days
+    pytest.mark.slow,
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
+    """Two optimiser steps of every stage, the U-Net stopped and resumed."""
+    root = tmp_path_factory.mktemp("recipe")
+    options = argparse.Namespace(
+        cache=root / "cache",
+        out=root / "train",
+        shards=1,
+        steps=2,
+        threads=1,
+        compile=False,
+        continue_published=False,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SHARD", 80)
+        patch.setattr(train, "held_out", lambda split, count: data.held_out(split, 8))
+        for stage in (train.train_classifier, train.train_vae, train.encode_latents):
+            stage(options)
+        train.train_clip(options)
+        train.train_unet(options)
+        options.steps = 3
+        train.train_unet(options)
+    return options
+
+
+def test_unet_resumes_where_it_stopped(trained: argparse.Namespace) -> None:
+    checkpoint = torch.load(trained.out / "unet" / "last.ckpt", weights_only=False)
+    assert checkpoint["global_step"] == 3
+
+
+def test_scaled_latents_have_unit_deviation(trained: argparse.Namespace) -> None:
+    latents = np.load(trained.cache / "latents_000.npy").astype(np.float32)
+    assert latents.shape[1:] == (4, 16, 16)
+    assert latents.std() == pytest.approx(1, abs=0.1)
+
+
+def test_generator_folder_is_one_that_diffusers_loads(
+    trained: argparse.Namespace, tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    scale = json.loads((trained.cache / "scaling_factor.json").read_text())["scaling_factor"]
+    export.export_generator(trained.out, scale, tmp_path)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a photo of star", num_inference_steps=2, output_type="np").images[0]
+    assert picture.shape == (64, 64, 3)
+    ours = StableDiffusion.from_pretrained(str(tmp_path))
+    assert ours.image_size == 64
+    assert ours.token_mask("a photo of zebra disc", "zebra disc").sum() == 2
+
+
+def test_exported_unet_is_the_average_not_the_last_step(
+    trained: argparse.Namespace, tmp_path: Path
+) -> None:
+    state = torch.load(trained.out / "unet" / "last.ckpt", weights_only=False)["state_dict"]
+    model = export.averaged_model(trained.out, train.load_tokenizer(trained.out))
+    name = "unet.conv_in.weight"
+    exported = dict(model.named_parameters())[name]
+    assert torch.equal(exported, state[f"average.module.{name}"])
+    assert not torch.equal(exported, state[f"model.{name}"])
+
+
+def test_training_goes_on_from_published_weights(
+    trained: argparse.Namespace, tmp_path: Path
+) -> None:
+    export.export_generator(trained.out, 1.0, tmp_path)
+    task = UNetTask(train.load_tokenizer(trained.out))
+    task.start_from(tmp_path)
+    published = export.averaged_model(trained.out, train.load_tokenizer(trained.out))
+    for ours in (task.model, task.average.module):
+        for name, weight in published.named_parameters():
+            # The U-Net is published as float16.
+            assert torch.allclose(dict(ours.named_parameters())[name], weight, atol=1e-3)
+
+
+def test_clip_folder_is_one_that_open_clip_loads(
+    trained: argparse.Namespace, tmp_path: Path
+) -> None:
+    import open_clip
+
+    export.export_clip(trained.out, tmp_path)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    images = torch.rand(2, 3, 64, 64)
+    assert model.encode_image(images).shape == (2, 128)
+
+
+def test_captions_name_what_is_there() -> None:
+    presence = np.zeros(len(CLASS_NAMES), np.uint8)
+    presence[[2, 7]] = 1
+    rng = np.random.default_rng(0)
+    captions = {draw_caption(presence, rng) for _ in range(200)}
+    assert captions == {
+        "",
+        "a photo of star",
+        "a photo of cheese wedge",
+        "a photo of star and cheese wedge",
+        "a photo of cheese wedge and star",
+    }
+
+
+def test_schedule_is_stable_diffusions() -> None:
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    expected = torch.cumprod(1 - betas, 0)
+    assert torch.allclose(build_scheduler().alphas_cumprod, expected, rtol=1e-5)
+
+
+def test_colour_loss_weighs_hue_above_brightness() -> None:
+    image = torch.zeros(1, 3, 4, 4)
+    brighter = image + 0.1
+    redder = image.clone()
+    redder[:, 0] += 0.1
+    redder[:, 2] -= 0.1
+    assert colour_loss(image, image) == 0
+    assert colour_loss(redder, image) > colour_loss(brighter, image)
+
+
+def test_autoencoder_shrinks_four_times() -> None:
+    latent = build_autoencoder().encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
+    assert latent.shape == (1, 4, 16, 16)
+
+
+def test_peaks_are_counted_by_hand() -> None:
+    masks = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    masks[:, :4, :4] = 3
+    maps = torch.zeros(2, 4, 4)
+    maps[0, 0, 0] = 1  # on the object
+    maps[1, 3, 3] = 1  # off it
+    assert _peaks_inside(maps, masks) == 0.5
+
+
+def test_gate_report_shows_what_was_missed() -> None:
+    text = report([Gate("good", 0.9, 0.8, "d"), Gate("bad", 0.7, 0.8, "d")])
+    assert "| good | 0.900 | ≥ 0.8 | yes |" in text
+    assert "| bad | 0.700 | ≥ 0.8 | NO |" in text
