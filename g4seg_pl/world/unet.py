@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from g4seg_pl.world.scenes import CLASS_NAMES
 from g4seg_pl.world.text import TEXT_WIDTH, CaptionTokens, build_text_encoder
