@@ -14,6 +14,7 @@ from datamodules.images import Orientation
 from datamodules.items import Item, check_unique, take_shard
 from datamodules.labels import FileLabels, LabelSource, XmlLabels
 from datamodules.reading import ItemDataset, ItemReader
+from datamodules.sampling import ProcessSampler
 from datamodules.seed_files.maps import Dialect, ReadOptions
 from datamodules.seed_files.source import SeedSource, open_seeds
 from datamodules.truth import TruthOptions
@@ -65,6 +66,8 @@ class SeedDataModule(LightningDataModule, ABC):
         self.batch_size, self.num_workers, self.shard = batch_size, num_workers, shard
         self._excluded: frozenset[str] = frozenset()
         self._listed: tuple[Item, ...] | None = None
+        # A resumed run may have fewer images left than processes.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @abstractmethod
     def list_items(self) -> list[Item]:
@@ -136,14 +139,16 @@ class SeedDataModule(LightningDataModule, ABC):
     def exclude(self, ids: Collection[str]) -> None:
         """Leaves out items that are finished already; to be called before a loader is made.
 
+        What an earlier call left out counts again: a second run looks at the whole list.
+
         Args:
             ids: image ids; those that are not listed do not matter.
         """
-        self._excluded |= frozenset(ids)
+        self._excluded = frozenset(ids)
 
     def predict_dataloader(self) -> DataLoader[Sample | FailedSample]:
-        """All items, without ground truth."""
-        return self._loader(with_truth=False)
+        """All items, without ground truth; of several processes each gets its own part."""
+        return self._loader(with_truth=False, sampler=self._own_part())
 
     def test_dataloader(self) -> DataLoader[Sample | FailedSample]:
         """All items with ground truth.
@@ -156,10 +161,19 @@ class SeedDataModule(LightningDataModule, ABC):
             raise ConfigurationError(message)
         return self._loader(with_truth=True)
 
-    def _loader(self, *, with_truth: bool) -> DataLoader[Sample | FailedSample]:
+    def _own_part(self) -> ProcessSampler | None:
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return None
+        return ProcessSampler(self.items, trainer.world_size, trainer.global_rank)
+
+    def _loader(
+        self, *, with_truth: bool, sampler: ProcessSampler | None = None
+    ) -> DataLoader[Sample | FailedSample]:
         return DataLoader(
             ItemDataset(self.items, self.reader, with_truth=with_truth),
             batch_size=self.batch_size,
+            sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=list,
         )

@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from g4seg_pl.callbacks.crf import DenseCRF
 from g4seg_pl.callbacks.progress import ImageProgress
 from g4seg_pl.callbacks.run_record import describe, write_text_atomically
 from g4seg_pl.callbacks.writer import MaskWriter, background_rule, json_text
+from g4seg_pl.cli_errors import one_sentence
+from g4seg_pl.run_scores import score_rows
 from g4seg_pl.types import ConfigurationError
 
 TRAINER_DEFAULTS = {
@@ -22,6 +27,9 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
 }
 COMMANDS = ("predict", "test")
+# jsonargparse 4.49 renamed it.
+RENAMED = tuple(int(part) for part in version("jsonargparse").split(".")[:2]) >= (4, 49)
+KEEP_NULLS = "skip_unset" if RENAMED else "skip_none"
 
 
 class SaveConfigBesideMasks(SaveConfigCallback):
@@ -31,7 +39,7 @@ class SaveConfigBesideMasks(SaveConfigCallback):
         """On rank 0, after the writer has accepted the folder."""
         if stage != "predict":
             return
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, **{KEEP_NULLS: False})
         write_text_atomically(writer_of(trainer).out / "config.yaml", text)
 
 
@@ -63,7 +71,7 @@ class G4SegCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
-            raise ConfigurationError(str(error)) from error
+            raise ConfigurationError(one_sentence(str(error))) from error
 
     def predict(self, **kwargs: Any) -> None:
         """Predict without keeping the predictions in memory."""
@@ -90,7 +98,7 @@ def run_trainer(args: Sequence[str]) -> int:
         try:
             cli = _make_cli(args)
         except argparse.ArgumentError as error:
-            raise ConfigurationError(str(error)) from error
+            raise ConfigurationError(one_sentence(str(error))) from error
     return _report_test(cli) if args[0] == "test" else _exit_status(cli)
 
 
@@ -113,7 +121,7 @@ def _make_cli(args: Sequence[str]) -> G4SegCLI:
         seed_everything_default=False,
         trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [ImageProgress()]},
         auto_configure_optimizers=False,
-        parser_kwargs=parser_options | dict.fromkeys(COMMANDS, parser_options),
+        parser_kwargs=parser_options | {"prog": "g4seg"} | dict.fromkeys(COMMANDS, parser_options),
         args=list(args),
     )
 
@@ -127,13 +135,13 @@ def _import_data_modules() -> None:
 
 
 def _exit_status(cli: G4SegCLI) -> int:
-    """1 if an item failed; only rank 0 knows, the others' launchers would stop all at once."""
+    """1 if an item or a process failed; only rank 0 knows, launchers stop all if another says."""
     summary = writer_of(cli.trainer).summary
-    return 1 if summary is not None and summary.failed else 0
+    return 1 if summary is not None and (summary.failed or summary.lost_processes) else 0
 
 
 def _report_test(cli: G4SegCLI) -> int:
-    """Write the scores with their protocol to OUT/test.json and print the protocol."""
+    """Write the scores with their protocol to OUT/test.json and print both."""
     failed = getattr(cli.model, "failed", {})
     if cli.trainer.is_global_zero:
         protocol = {
@@ -141,11 +149,35 @@ def _report_test(cli: G4SegCLI) -> int:
             "split": describe(getattr(cli.datamodule, "split", None)),
             "background_rule": background_rule(cli.model),
             "truth_255": "ignored",
-            "crf": "off",
+            "crf": _crf(cli.trainer),
         }
-        scores = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+        logged = cli.trainer.callback_metrics.items()
+        scores = {name.removeprefix("test/"): float(value) for name, value in logged}
+        rows = score_rows(scores)
+        named = {f"test/{name}": value for name, value in scores.items()}
         out = Path(writer_of(cli.trainer).out)
         out.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(out / "test.json", json_text(protocol | scores | {"failed": failed}))
-        print("\n".join(f"{name}: {value}" for name, value in protocol.items()))
+        content = protocol | {"rows": rows} | named | {"failed": failed}
+        write_text_atomically(out / "test.json", json_text(content))
+        print("\n".join([*map(_row_text, rows), *map(": ".join, _texts(protocol))]))
+    for image_id, error in failed.items() if cli.trainer.is_global_zero else ():
+        print(f"failed {image_id}: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _crf(trainer: pl.Trainer) -> str:
+    """The settings of the run's dense CRF in a few words."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    settings = [item.effective_settings for item in callbacks if isinstance(item, DenseCRF)]
+    return ", then ".join(map(str, settings)) if settings else "off"
+
+
+def _row_text(row: Mapping[str, Any]) -> str:
+    """A row of the table, as text."""
+    text = f"{row['name']:<12} mIoU {row['miou']:6.2f} ± {row['miou_se']:.2f}"
+    return text + (f"  gain {row['gain']:+.2f} ± {row['gain_se']:.2f}" if "gain" in row else "")
+
+
+def _texts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values as text."""
+    return [(name, str(value)) for name, value in values.items()]

@@ -12,18 +12,11 @@ from g4seg_pl.backbones.loading import check_model, resolve_dtype
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold, compose_label
 from g4seg_pl.core.steps import Correspondence, UpdateStep
-from g4seg_pl.evaluation.paired import PairedScores
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
-from g4seg_pl.refiner import G4SegRefiner
-from g4seg_pl.types import (
-    BadItemError,
-    ConfigurationError,
-    FailedSample,
-    G4SegError,
-    RefinedMask,
-    Sample,
-)
+from g4seg_pl.refiner import G4SegRefiner, Refinement
+from g4seg_pl.run_scores import RunScores
+from g4seg_pl.types import ConfigurationError, FailedSample, G4SegError, RefinedMask, Sample
 
 # What may be wrong with one image while the others are fine.
 ITEM_ERRORS = (G4SegError, FloatingPointError, torch.OutOfMemoryError)
@@ -80,8 +73,8 @@ class G4SegModule(pl.LightningModule):
         self.generator: nn.Module | None = None
         self.strict_loading = False
         self._refiner: G4SegRefiner | None = None
-        self._scores: PairedScores | None = None
-        self._failed: dict[str, str] = {}
+        self._scores: RunScores | None = None
+        self._refined: tuple[RefinedMask | FailedSample, ...] = ()
 
     def configuration(self) -> dict[str, object]:
         """The arguments, for the run record; ``dtype`` is a property of every LightningModule."""
@@ -151,21 +144,35 @@ class G4SegModule(pl.LightningModule):
     def on_test_start(self) -> None:
         """Start counting."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._scores = PairedScores(len(datamodule.class_list) + 1)
-        self._failed = {}
+        self._scores = RunScores(len(datamodule.class_list) + 1, self.background)
 
-    def test_step(self, batch: list[Sample | FailedSample], batch_idx: int = 0) -> None:
-        """Score seeds and refined masks of a batch by the same background rule."""
-        for item, outcome in zip(batch, self.predict_step(batch), strict=True):
-            if isinstance(item, Sample) and isinstance(outcome, RefinedMask):
-                self._score(item, outcome)
-            elif isinstance(outcome, FailedSample):
-                self._failed[outcome.image_id] = outcome.error
+    def test_step(
+        self, batch: list[Sample | FailedSample], batch_idx: int = 0
+    ) -> dict[str, list[RefinedMask | FailedSample]]:
+        """Refine a batch; what callbacks make of it is scored when the batch ends.
+
+        Returns:
+            the list under ``outcomes``, in which callbacks may replace masks.
+        """
+        outcomes = self.predict_step(batch)
+        self._refined = tuple(outcomes)
+        return {"outcomes": outcomes}
+
+    def on_test_batch_end(
+        self,
+        outputs: Any,
+        batch: list[Sample | FailedSample],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score seeds, refined masks and what callbacks such as ``DenseCRF`` made of these."""
+        for item, refined, final in zip(batch, self._refined, outputs["outcomes"], strict=True):
+            self._started_scores.add(item, refined, final)
 
     def on_test_epoch_end(self) -> None:
         """Log the scores of all processes, in percent."""
-        scores, failed = self._gathered_scores()
-        summary = scores.summary() | {"n_failed": float(len(failed))}
+        self._started_scores.gather(self.trainer.world_size)
+        summary = self._started_scores.summary()
         self.log_dict({f"test/{name}": value for name, value in summary.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -177,7 +184,15 @@ class G4SegModule(pl.LightningModule):
     @property
     def failed(self) -> dict[str, str]:
         """Images that could not be scored by the last test, with the error of each."""
-        return dict(self._failed)
+        return {} if self._scores is None else dict(self._scores.failed)
+
+    @property
+    def _started_scores(self) -> RunScores:
+        """The scores of the test in progress."""
+        if self._scores is None:
+            msg = "no test was started: use Trainer.test"
+            raise G4SegError(msg)
+        return self._scores
 
     def _require_streaming(self) -> None:
         """Refuse to keep predictions, which are frozen dataclasses that Lightning cannot copy."""
@@ -214,16 +229,16 @@ class G4SegModule(pl.LightningModule):
             raise G4SegError(msg)
         with torch.inference_mode(mode=False), torch.no_grad():
             copies = [_with_own_seed(sample) for sample in samples]
-            refined = self._refiner.refine_samples(copies)
+            refined = self._refiner.refine_with_findings(copies)
             return [
-                RefinedMask(
-                    sample.image_id,
-                    sample.seed.class_ids,
-                    foreground,
-                    compose_label(foreground, sample.seed.class_ids, self.background),
-                )
-                for sample, foreground in zip(copies, refined, strict=True)
+                self._labelled(sample, found) for sample, found in zip(copies, refined, strict=True)
             ]
+
+    def _labelled(self, sample: Sample, refined: Refinement) -> RefinedMask:
+        """The outcome of one sample with its label map."""
+        class_ids = sample.seed.class_ids
+        label = compose_label(refined.foreground, class_ids, self.background)
+        return RefinedMask(sample.image_id, class_ids, label=label, **vars(refined))
 
     def _remedy(self, error: BaseException) -> str:
         """An error in one sentence, with what can be done."""
@@ -232,33 +247,6 @@ class G4SegModule(pl.LightningModule):
         if isinstance(error, FloatingPointError):
             return f"{error}: use --model.dtype bfloat16 or float32"
         return str(error)
-
-    def _score(self, sample: Sample, refined: RefinedMask) -> None:
-        """Count one image.
-
-        Raises:
-            BadItemError: if it has no ground truth.
-        """
-        if self._scores is None or sample.truth is None:
-            msg = f"{sample.image_id} has no ground truth: test needs a split with label files"
-            raise BadItemError(msg)
-        seed = compose_label(sample.seed.scores, sample.seed.class_ids, self.background)
-        maps = (seed.numpy(), refined.label.numpy(), sample.truth.numpy())
-        self._scores.add(sample.image_id, *maps)
-
-    def _gathered_scores(self) -> tuple[PairedScores, dict[str, str]]:
-        """Scores and failures of all processes."""
-        if self._scores is None:
-            msg = "no test was started"
-            raise G4SegError(msg)
-        if self.trainer.world_size > 1:
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, (self._scores, self._failed))
-            self._scores.update(scores for scores, _ in gathered)
-            self._failed |= {
-                name: error for _, failed in gathered for name, error in failed.items()
-            }
-        return self._scores, self._failed
 
 
 def _with_own_seed(sample: Sample) -> Sample:

@@ -1,6 +1,7 @@
 """The two-line object: a model in, refined masks out."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +22,29 @@ from g4seg_pl.pictures import PictureLike, mask_to_tensor, picture_to_tensor, te
 from g4seg_pl.types import BadItemError, Sample, Seed
 
 MaskLike = TypeVar("MaskLike", Image.Image, np.ndarray, Tensor)
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What came of one sample, at its native size, on the CPU.
+
+    Attributes:
+        foreground: float32 ``(K, H, W)`` in [0, 1].
+        confidence: float32 ``(K, H, W)`` in [0, 1], if a step of the run measured it, such as
+            ``core.confidence.Averaged``; so the others, by ``core.likelihood``.
+        score: float32 ``(K,)``, how much better than an empty mask each explains the image.
+        score_error: float32 ``(K,)``, standard error of ``score``.
+        pixel_weights: float32 ``(K, H, W)`` in [0, 1].
+    """
+
+    foreground: Tensor
+    confidence: Tensor | None = None
+    score: Tensor | None = None
+    score_error: Tensor | None = None
+    pixel_weights: Tensor | None = None
+
+
+FINDINGS = tuple(field.name for field in fields(Refinement) if field.name != "foreground")
 
 
 class G4SegRefiner:
@@ -176,18 +200,40 @@ class G4SegRefiner:
         Returns:
             Float32 ``(K, H, W)`` in [0, 1] on the CPU, one tensor a sample.
         """
+        return [found.foreground for found in self.refine_with_findings(samples, callback)]
+
+    def refine_with_findings(
+        self,
+        samples: Sequence[Sample],
+        callback: Callable[[RefinementState], None] | None = None,
+    ) -> list[Refinement]:
+        """Return refined masks with what the steps found out about them.
+
+        Args:
+            samples: images of any sizes with any number of masks, none included.
+            callback: see ``refine_samples``.
+
+        Returns:
+            One a sample; a sample without masks has no findings.
+        """
         seeds = [sample.seed.scores.float().cpu() for sample in samples]
+        results = [Refinement(seed) for seed in seeds]
         occupied = [index for index, seed in enumerate(seeds) if len(seed)]
         if not occupied:
-            return seeds
+            return results
         size = (self.working_size, self.working_size)
         before = [masks_to_working(seeds[index], size) for index in occupied]
         context = self._context([samples[index] for index in occupied])
         after = refine(torch.cat(before).to(context.images.device), context, self.steps, callback)
-        parts = torch.split(after.float().cpu(), [len(part) for part in before])
-        for index, start, end in zip(occupied, before, parts, strict=True):
-            seeds[index] = apply_change(seeds[index], start, end)
-        return seeds
+        counts = [len(part) for part in before]
+        found = _findings(context, counts)
+        parts = torch.split(after.float().cpu(), counts)
+        for place, index in enumerate(occupied):
+            seed = seeds[index]
+            foreground = apply_change(seed, before[place], parts[place])
+            native = {name: _to_native(parts[place], seed) for name, parts in found.items()}
+            results[index] = Refinement(foreground, **native)
+        return results
 
     def _context(self, samples: Sequence[Sample]) -> RefinementContext:
         size = (self.working_size, self.working_size)
@@ -206,3 +252,14 @@ class G4SegRefiner:
             masks_per_pass=self.masks_per_pass,
             prompt_embeddings=self._prompt_embeddings,
         )
+
+
+def _findings(context: RefinementContext, counts: list[int]) -> dict[str, Sequence[Tensor]]:
+    """What the run's steps kept about the masks, one tensor an image."""
+    kept = {name: rows.float().cpu() for name, rows in context.kept.items() if name in FINDINGS}
+    return {name: torch.split(rows, counts) for name, rows in kept.items()}
+
+
+def _to_native(rows: Tensor, seed: Tensor) -> Tensor:
+    """Numbers as they are; maps at the seed's own size."""
+    return rows if rows.ndim == 1 else masks_to_working(rows, (seed.shape[1], seed.shape[2]))

@@ -76,7 +76,12 @@ class RefinedMask:
         class_ids: as in the seed.
         foreground: refined foreground probabilities, float32 ``(K, H, W)`` in [0, 1], on the CPU.
         label: uint8 ``(H, W)`` label values by the run's background rule.
-        confidence: optional float32 ``(K, H, W)`` in [0, 1].
+        confidence: float32 ``(K, H, W)`` in [0, 1], where a step measured it.
+        score: float32 ``(K,)``, how much better than an empty mask each mask explains the image,
+            where a step measured it; higher is better.
+        score_error: float32 ``(K,)``, standard error of ``score``; not finite for a single draw.
+        pixel_weights: float32 ``(K, H, W)`` in [0, 1], how surely the mask is right at each
+            pixel, where a step measured it.
     """
 
     image_id: str
@@ -84,3 +89,6 @@ class RefinedMask:
     foreground: Tensor
     label: Tensor
     confidence: Tensor | None = None
+    score: Tensor | None = None
+    score_error: Tensor | None = None
+    pixel_weights: Tensor | None = None

@@ -1,7 +1,5 @@
 """The command line: dispatch, speed of help, errors, and whole runs in processes of their own."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,59 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import CONFIG, environment, masks, scores, words
 from fake_voc import write_voc
 from PIL import Image
 
 from g4seg_pl.main import COMMANDS, main
-
-# LightningCLI 2.6 calls what jsonargparse 4.53 has deprecated.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)
-
-REPOSITORY = Path(__file__).parents[1]
-CONFIG = REPOSITORY / "configs" / "refine" / "voc_clip_es.yaml"
-
-
-def command(*words: str) -> list[str]:
-    """The command line as a process."""
-    return [sys.executable, "-m", "g4seg_pl.main", *words]
-
-
-def environment() -> dict[str, str]:
-    """This process's environment, one thread, our packages importable from anywhere."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-
-
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a folder."""
-    return subprocess.run(
-        command(*words),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def predict_words(model: Path, out: str, *more: str) -> list[str]:
-    """The arguments of the issue's own command line."""
-    words = ["predict", "-c", str(CONFIG), "--data.root", "VOCdevkit/VOC2012"]
-    words += ["--data.seeds", "cam_out", "--model.model", str(model), "--out", out]
-    return [*words, "--trainer.accelerator", "cpu", "--data.num_workers", "0", *more]
-
-
-def masks(out: Path) -> dict[str, bytes]:
-    """The label files by name."""
-    return {path.name: path.read_bytes() for path in sorted((out / "masks").iterdir())}
-
-
-def records(out: Path) -> list[dict[str, object]]:
-    """All records of a folder."""
-    files = sorted(out.glob("records.*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 def test_help_is_fast_and_imports_no_torch(tmp_path: Path) -> None:
@@ -101,6 +51,16 @@ def test_options_may_be_spelled_with_dashes(
     assert "mIoU 100.00" in capsys.readouterr().out
 
 
+CONFIGURATIONS = {
+    "misspelt_section.yaml": "modle:\n  init_args:\n    seed: 3\n",
+    "misspelt_key.yaml": (
+        "model:\n  init_args:\n    update:\n"
+        "    - class_path: g4seg_pl.core.steps.Correspondence\n      init_args: {timestp: 3}\n"
+    ),
+    "unreadable.yaml": "model:\n  - init_args: [\n",
+}
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -109,7 +69,20 @@ def test_options_may_be_spelled_with_dashes(
         (["--data.split", "holdout"], "holdout"),
         (["--model.update.beta", "2"], "beta"),
         (["--model.prompt_template", "A photo"], "prompt_template"),
-        (["--no.such", "1"], "no.such"),
+        (["--no.such", "1"], "no option --no.such"),
+        (["--model.seeed", "1"], "G4SegModule has no argument 'seeed'; did you mean seed?"),
+        (["--model.update.betta", "1"], "Correspondence has no argument 'betta'"),
+        (["--data.splitt", "x"], "VOCDataModule has no argument 'splitt'; did you mean split?"),
+        (["--trainer.devicez", "2"], "did you mean --trainer.devices?"),
+        (["--model.seed", "abc"], "model.seed is 'abc': give a value of type int"),
+        (["--data.orientation", "up"], "data.orientation is 'up': give one of 'stored', 'exif'"),
+        (["--data.dialect", "x"], "data.dialect is 'x': give one of 'clip_es'"),
+        (["--model.features", "Nope"], "model.features is 'Nope': no such class"),
+        (["-c", "misspelt_section.yaml"], "no section 'modle'; did you mean model?"),
+        (["-c", "misspelt_key.yaml"], "has no argument 'timestp'; did you mean timestep?"),
+        (["-c", "unreadable.yaml"], "line 3"),
+        (["-c", "missing.yaml"], "missing.yaml"),
+        (["stray"], "cannot place 'stray'"),
     ],
 )
 def test_configuration_error_stops_before_a_model_is_loaded(
@@ -120,13 +93,15 @@ def test_configuration_error_stops_before_a_model_is_loaded(
     more: list[str],
     said: str,
 ) -> None:
-    write_voc(tmp_path)
+    if any(word in more[0] for word in ("data.root", "data.split", "prompt", "model.model")):
+        write_voc(tmp_path)  # the others are refused before any data are looked at
+    for name, text in CONFIGURATIONS.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert main(predict_words(sd1_folder, "out", *more)) != 0
-    error = capsys.readouterr().err
-    assert said in error
-    assert "Traceback" not in error
-    assert "Loading weights" not in error
+    assert main(words("predict", sd1_folder, "out", *more)) == 1
+    (line,) = capsys.readouterr().err.splitlines()  # no traceback, no "Loading weights"
+    assert line.startswith("g4seg predict: error: ")
+    assert said in line
 
 
 def test_model_folder_without_unet_is_named(
@@ -142,84 +117,99 @@ def test_model_folder_without_unet_is_named(
         if part.name != "unet":
             (broken / part.name).symlink_to(part)
     monkeypatch.chdir(tmp_path)
-    assert main(predict_words(broken, "out")) == 1
+    assert main(words("predict", broken, "out")) == 1
     assert "unet" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_bad_items_fail_by_name_and_the_run_goes_on(tmp_path: Path, sd1_folder: Path) -> None:
-    ids = ["good", "no_image", "no_seed", "cut_seed", "size", "nan", "cut_image", "unknown"]
-    voc, seeds = write_voc(tmp_path, ids), tmp_path / "cam_out"
-    (voc / "JPEGImages" / "no_image.jpg").unlink()
-    (seeds / "no_seed.npy").unlink()
-    cut = seeds / "cut_seed.npy"
-    cut.write_bytes(cut.read_bytes()[:60])
-    image = voc / "JPEGImages" / "cut_image.jpg"
-    image.write_bytes(image.read_bytes()[:200])
-    replace_seed(seeds / "size.npy", np.full((1, 7, 9), 0.5, np.float16))
-    replace_seed(seeds / "nan.npy", np.full((1, 33, 70), np.nan, np.float16))
-    replace_seed(seeds / "unknown.npy", np.full((1, 64, 48), 0.5, np.float16), key=77)
-    with (voc / "ImageSets" / "Segmentation" / "train.txt").open("a") as file:
-        file.write("../escape\n")
-    result = run(tmp_path, *predict_words(sd1_folder, "out"))
-    assert result.returncode == 1
-    failed = {str(r["id"]): r["error"] for r in records(tmp_path / "out") if "error" in r}
-    assert set(failed) == {*ids[1:], "../escape"}
-    assert list(masks(tmp_path / "out")) == ["good.png"]
-    assert result.stdout.splitlines()[-1] == "done 1 / skipped 0 / failed 8 / total 9"
-    assert "Traceback" not in result.stderr
-
-
-def replace_seed(path: Path, maps: np.ndarray, key: int = 0) -> None:
-    """A CLIP-ES seed file with one class."""
-    content = {"keys": np.array([key]), "attn_highres": maps}
-    np.save(path, content, allow_pickle=True)
-
-
-@pytest.mark.slow
-def test_two_processes_write_what_one_writes(tmp_path: Path, sd1_folder: Path) -> None:
-    write_voc(tmp_path, [f"image{index}" for index in range(5)])
-    one = run(tmp_path, *predict_words(sd1_folder, "one"))
-    two_ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    two = run(tmp_path, *predict_words(sd1_folder, "two", *two_ranks))
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert masks(tmp_path / "one") == masks(tmp_path / "two")
-    ids = [record["id"] for record in records(tmp_path / "two")]
-    assert sorted(ids) == [f"image{index}" for index in range(5)]
-    ranks = {path.name for path in (tmp_path / "two").glob("records.*")}
-    assert ranks == {"records.rank0.jsonl", "records.rank1.jsonl"}
-    assert two.stdout.splitlines()[-1] == "done 5 / skipped 0 / failed 0 / total 5"
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_run_gives_the_same_files(tmp_path: Path, sd1_folder: Path) -> None:
+def test_killed_and_resumed_run_gives_the_same_files(
+    tmp_path: Path,
+    sd1_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ids = [f"image{index:03}" for index in range(60)]
     write_voc(tmp_path, ids)
-    words = ["--data.batch_size", "1"]
-    whole = run(tmp_path, *predict_words(sd1_folder, "whole", *words))
-    assert whole.returncode == 0, whole.stderr
-    kill_after_first_masks(tmp_path, predict_words(sd1_folder, "killed", *words))
-    left = set(ids) - {name.removesuffix(".png") for name in masks(tmp_path / "killed")}
-    assert left, "the run ended before it was killed"
-    resumed = run(tmp_path, *predict_words(sd1_folder, "killed", *words))
-    assert resumed.returncode == 0, resumed.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(words("predict", sd1_folder, "whole", "--data.batch_size", "8")) == 0
+    one_by_one = words("predict", sd1_folder, "killed", "--data.batch_size", "1")
+    kill_after_first_masks(tmp_path, one_by_one)
+    done = {name.removesuffix(".png") for name in masks(tmp_path / "killed")}
+    assert done, "the run wrote nothing"
+    assert done != set(ids), "the run ended before it was killed"
+    capsys.readouterr()
+    assert main(words("predict", sd1_folder, "killed", "--data.batch_size", "8")) == 0
     assert masks(tmp_path / "killed") == masks(tmp_path / "whole")
-    assert f"/ failed 0 / total {len(ids)}" in resumed.stdout.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"done {60 - len(done)} / skipped {len(done)} / failed 0 / total 60"
 
 
-def kill_after_first_masks(folder: Path, words: Sequence[str]) -> None:
+def kill_after_first_masks(folder: Path, arguments: Sequence[str]) -> None:
     """Start a run and kill it, without a chance to clean up, once some masks are there."""
     process = subprocess.Popen(
-        command(*words),
+        [sys.executable, "-m", "g4seg_pl.main", *arguments],
         cwd=folder,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if len(list((folder / "killed" / "masks").glob("*.png"))) >= 3:
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def test_second_run_has_nothing_to_do_and_loads_no_model(
+    tmp_path: Path,
+    sd1_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_voc(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(words("predict", sd1_folder, "out")) == 0
+    capsys.readouterr()
+    assert main(words("predict", sd1_folder, "out")) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        "nothing left to do: every image is finished",
+        "done 0 / skipped 3 / failed 0 / total 3",
+    ]
+    assert "Loading weights" not in printed.err
+
+
+def test_scores_of_test_are_those_of_the_masks_predict_writes(
+    tmp_path: Path, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pydensecrf")
+    write_voc(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    crf = ["-c", str(CONFIG.with_name("crf_clip_es.yaml"))]
+    assert main(words("predict", sd1_folder, "refined")) == 0
+    assert main(words("predict", sd1_folder, "sharpened", *crf)) == 0
+    assert main(words("test", sd1_folder, "scores", *crf)) == 0
+    found = scores(tmp_path / "scores")
+    assert [row["name"] for row in found["rows"]] == ["seed", "refined", "refined+crf"]
+    assert "bilateral_width=67" in found["crf"]
+    for row, folder in zip(found["rows"][1:], ("refined", "sharpened"), strict=True):
+        assert row["miou"] == pytest.approx(mean_iou(tmp_path, folder), abs=1e-6)
+        assert row["gain"] == pytest.approx(row["miou"] - found["rows"][0]["miou"], abs=1e-6)
+    assert found["rows"][1]["miou"] != found["rows"][2]["miou"]
+
+
+def mean_iou(root: Path, folder: str) -> float:
+    """In percent, over the labels that occur, by a histogram of all pixels."""
+    truth, found = [], []
+    for path in (root / folder / "masks").glob("*.png"):
+        labels = root / "VOCdevkit" / "VOC2012" / "SegmentationClass" / path.name
+        truth.append(np.asarray(Image.open(labels)).ravel())
+        found.append(np.asarray(Image.open(path)).ravel())
+    right, ours = np.concatenate(truth), np.concatenate(found)
+    ours, right = ours[right != 255], right[right != 255]
+    labels = np.union1d(right, ours)
+    shared = [np.sum((right == label) & (ours == label)) for label in labels]
+    either = [np.sum((right == label) | (ours == label)) for label in labels]
+    return float(100 * np.mean(np.divide(shared, either)))

@@ -11,9 +11,12 @@ import torch
 from fake_voc import IDS, write_voc
 
 from datamodules import VOCDataModule
+from g4seg_pl.callbacks.output_folder import read_records
 from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.core.background import Threshold
-from g4seg_pl.core.steps import Correspondence
+from g4seg_pl.core.confidence import Averaged
+from g4seg_pl.core.likelihood import ChooseByLikelihood
+from g4seg_pl.core.steps import Blur, Correspondence
 from g4seg_pl.module import G4SegModule
 from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask
 
@@ -151,3 +154,37 @@ def test_keeping_predictions_is_refused_before_a_model_is_loaded(
     with pytest.raises(ConfigurationError, match="return_predictions=False"):
         trainer().predict(module, data(tmp_path))
     assert module.generator is None
+
+
+def test_findings_reach_the_soft_maps_and_the_records(tmp_path: Path, sd1_folder: Path) -> None:
+    steps = [Averaged([Blur(2.0)], draws=2), ChooseByLikelihood([[Blur(2.0)]], draws=1)]
+    module = G4SegModule(str(sd1_folder), steps)
+    writer = MaskWriter(tmp_path / "out", soft="npz")
+    trainer(writer).predict(module, data(tmp_path), return_predictions=False)
+    with np.load(tmp_path / "out" / "soft" / f"{IDS[1]}.npz") as content:
+        assert content["foreground"].dtype == np.float16
+        for name in ("foreground", "confidence", "pixel_weights"):
+            assert content[name].shape == (2, 64, 48)
+        score = content["score"]
+        assert score.shape == (2,)
+    (record,) = [each for each in read_records(tmp_path / "out") if each["id"] == IDS[1]]
+    assert record["score"] == pytest.approx(score.tolist(), abs=1e-6)
+    assert record["score_error"] == [None, None]  # one draw has no standard error
+
+
+def test_second_predict_with_the_same_objects_looks_at_all_images(
+    tmp_path: Path, sd1_folder: Path
+) -> None:
+    module, datamodule = G4SegModule(str(sd1_folder)), data(tmp_path)
+    for folder in ("one", "two"):
+        writer = MaskWriter(tmp_path / folder)
+        trainer(writer).predict(module, datamodule, return_predictions=False)
+        assert str(writer.summary) == "done 3 / skipped 0 / failed 0 / total 3"
+
+
+def test_test_without_truth_names_an_image(tmp_path: Path, sd1_folder: Path) -> None:
+    datamodule = data(tmp_path, batch_size=1)
+    for path in (tmp_path / "VOCdevkit/VOC2012/SegmentationClass").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=rf"3 failed; {IDS[0]}: .*truncated"):
+        trainer().test(G4SegModule(str(sd1_folder)), datamodule, verbose=False)

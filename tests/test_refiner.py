@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from g4seg_pl.core.confidence import Averaged
+from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.steps import Blur, Correspondence
 from g4seg_pl.features.open_clip import OpenClipFeatures
-from g4seg_pl.refiner import G4SegRefiner
+from g4seg_pl.refiner import FINDINGS, G4SegRefiner, Refinement
 from g4seg_pl.types import BadItemError, ConfigurationError, Sample, Seed
 
 RNG = np.random.default_rng(0)
@@ -144,3 +146,34 @@ def test_without_masks_it_says_so(refiner: G4SegRefiner) -> None:
 def test_a_model_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="is no folder"):
         G4SegRefiner.from_pretrained("/no/such/model")
+
+
+def test_findings_of_the_steps_come_back_at_native_size(sd1_folder: Path) -> None:
+    steps = [
+        Averaged([Correspondence(beta=0.2)], draws=2),
+        ChooseByLikelihood([[Blur(2.0)]], draws=2),
+    ]
+    refiner = G4SegRefiner.from_pretrained(str(sd1_folder), steps=steps)
+    samples = [
+        sample_of("a", 40, 60, ("dog", "cat")),
+        sample_of("b", 30, 30, ()),
+        sample_of("c", 64, 64, ("zebra disc",)),
+    ]
+    found = refiner.refine_with_findings(samples)
+    for sample, one in zip(samples[::2], found[::2], strict=True):
+        for maps in (one.confidence, one.pixel_weights):
+            assert maps is not None
+            assert maps.shape == sample.seed.scores.shape
+            assert 0 <= float(maps.min()) <= float(maps.max()) <= 1
+        assert one.score is not None
+        assert one.score.shape == (len(sample.class_names),)
+        alone = refiner.refine_with_findings([sample])[0]
+        for name in ("foreground", *FINDINGS):
+            torch.testing.assert_close(getattr(one, name), getattr(alone, name), atol=1e-3, rtol=0)
+    assert found[1] == Refinement(found[1].foreground)
+    torch.testing.assert_close(refiner.refine_samples(samples)[2], found[2].foreground)
+
+
+def test_without_such_steps_there_are_no_findings(refiner: G4SegRefiner) -> None:
+    found = refiner.refine_with_findings([sample_of("a", 40, 60, ("dog",))])[0]
+    assert [getattr(found, name) for name in FINDINGS] == [None] * 4

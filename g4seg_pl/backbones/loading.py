@@ -20,7 +20,7 @@ _PARTS = {
     "unet": "config.json",
     "vae": "config.json",
     "text_encoder": "config.json",
-    "tokenizer": "vocab.json",
+    "tokenizer": "tokenizer_config.json",  # transformers 5 no longer writes vocab.json
     "scheduler": "scheduler_config.json",
 }
 # Only these count; a scheduler's sampling options do not apply to a single step.
@@ -144,7 +144,7 @@ def _check_unet(model: str, config: dict[str, Any]) -> None:
         raise ConfigurationError(message)
 
 
-def _read(model: str, part: str, load: Callable[..., Any], **options: Any) -> Any:  # noqa: ANN401
+def _read(model: str, part: str, load: Callable[..., Any], **options: Any) -> Any:
     try:
         return load(model, subfolder=part, **options)
     except (OSError, ValueError) as error:

@@ -3,8 +3,11 @@
 Needs the extra ``g4seg-pl[crf]`` (``pydensecrf2``); nothing is imported before it is used.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,142 +15,22 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 
+from g4seg_pl.callbacks.mean_field import CRFSettings, Preset, dense_crf, preset, require_crf
 from g4seg_pl.core.background import BackgroundRule
-from g4seg_pl.types import ConfigurationError, RefinedMask, Sample
+from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask, Sample
 
-SMALLEST_PROBABILITY = 1e-5
+__all__ = [
+    "CRFSettings",
+    "DenseCRF",
+    "Preset",
+    "dense_crf",
+    "preset",
+    "require_crf",
+    "sharpen",
+    "sharpen_batch",
+]
 
-Preset = Literal["clip_es", "irn", "seam", "weaktr", "weaktr_online", "toco", "toco_seg", "afa"]
-
-
-@dataclass(frozen=True)
-class CRFSettings:
-    """Parameters of the fully connected CRF; widths are standard deviations.
-
-    Attributes:
-        gaussian_width: of the smoothness kernel, pixels.
-        gaussian_weight: of the smoothness kernel (compat).
-        bilateral_width: of the appearance kernel in space, pixels.
-        bilateral_colour: of the appearance kernel in colour, 0-255.
-        bilateral_weight: of the appearance kernel (compat).
-        iterations: of mean-field inference.
-        unary: ``softmax`` takes -log of the probabilities; ``labels`` takes the most probable
-            label as right with probability ``label_confidence``.
-        label_confidence: see ``unary``; in (0, 1).
-    """
-
-    gaussian_width: float = 1.0
-    gaussian_weight: float = 3.0
-    bilateral_width: float = 67.0
-    bilateral_colour: float = 3.0
-    bilateral_weight: float = 4.0
-    iterations: int = 10
-    unary: Literal["softmax", "labels"] = "softmax"
-    label_confidence: float = 0.7
-
-    def scaled(self, factor: float) -> "CRFSettings":
-        """The same settings for pictures ``factor`` times as large: pixel widths grow with it."""
-        return replace(
-            self,
-            gaussian_width=self.gaussian_width * factor,
-            bilateral_width=self.bilateral_width * factor,
-        )
-
-
-def preset(name: Preset) -> CRFSettings:
-    """The settings of a public project, as its code has them (10 iterations each).
-
-    Args:
-        name: ``clip_es`` (also MoRe and WeakTr's online COCO run), ``irn``, ``seam`` (also PSA and
-            the usual pydensecrf default), ``weaktr`` (also MCTformer), ``weaktr_online``, ``toco``,
-            ``toco_seg`` (its segmentation evaluation), ``afa``.
-
-    Returns:
-        settings made for VOC-sized pictures; see :meth:`CRFSettings.scaled`.
-    """
-    match name:
-        case "clip_es":
-            return CRFSettings(1, 3, 67, 3, 4)
-        case "irn":
-            return CRFSettings(3, 3, 50, 5, 10, unary="labels", label_confidence=0.7)
-        case "seam":
-            return CRFSettings(3, 3, 80, 13, 10)
-        case "weaktr":
-            return CRFSettings(4, 3, 83, 5, 3)
-        case "weaktr_online":
-            return CRFSettings(3, 3, 83, 5, 3)
-        case "toco":
-            return CRFSettings(3, 3, 36, 3, 4)
-        case "toco_seg":
-            return CRFSettings(1, 1, 121, 5, 4)
-        case "afa":
-            return CRFSettings(3, 3, 64, 5, 4)
-
-
-def require_crf() -> Any:
-    """The ``pydensecrf`` package.
-
-    Raises:
-        ConfigurationError: if it is not installed; names the extra that brings it.
-    """
-    try:
-        import pydensecrf.densecrf
-        import pydensecrf.utils
-    except ImportError as error:
-        msg = "dense CRF needs pydensecrf2: pip install 'g4seg-pl[crf]'"
-        raise ConfigurationError(msg) from error
-    return pydensecrf
-
-
-def dense_crf(
-    image: NDArray[np.uint8], probabilities: NDArray[Any], settings: CRFSettings
-) -> NDArray[np.float32]:
-    """Run mean-field inference on one image.
-
-    Args:
-        image: uint8 ``(H, W, 3)``, RGB.
-        probabilities: ``(L, H, W)``, background first. They need not sum to 1: a factor common to
-            all labels of a pixel changes nothing.
-        settings: see :class:`CRFSettings`.
-
-    Returns:
-        float32 ``(L, H, W)``, summing to 1 over the labels.
-
-    Raises:
-        ValueError: if image and probabilities differ in size, or the image is not uint8.
-        ConfigurationError: if pydensecrf is not installed.
-    """
-    crf = require_crf()
-    labels, height, width = probabilities.shape
-    if image.shape != (height, width, 3) or image.dtype != np.uint8:
-        msg = f"image must be uint8 ({height}, {width}, 3), got {image.dtype} {image.shape}"
-        raise ValueError(msg)
-    if labels == 1:
-        return np.ones((1, height, width), np.float32)
-    field = crf.densecrf.DenseCRF2D(width, height, labels)
-    field.setUnaryEnergy(_unary(crf, probabilities, settings))
-    field.addPairwiseGaussian(sxy=settings.gaussian_width, compat=settings.gaussian_weight)
-    field.addPairwiseBilateral(
-        sxy=settings.bilateral_width,
-        srgb=settings.bilateral_colour,
-        rgbim=np.ascontiguousarray(image),
-        compat=settings.bilateral_weight,
-    )
-    marginals = np.asarray(field.inference(settings.iterations), np.float32)
-    return marginals.reshape(labels, height, width)
-
-
-def _unary(crf: Any, probabilities: NDArray[Any], settings: CRFSettings) -> NDArray[np.float32]:
-    """Energies ``(L, H * W)``, float32 and contiguous as the C++ code wants them."""
-    labels = len(probabilities)
-    if settings.unary == "labels":
-        winners = probabilities.argmax(axis=0)
-        energies = crf.utils.unary_from_labels(
-            winners, labels, gt_prob=settings.label_confidence, zero_unsure=False
-        )
-        return np.ascontiguousarray(energies, np.float32)
-    flat = probabilities.reshape(labels, -1).astype(np.float32)
-    return np.ascontiguousarray(-np.log(np.clip(flat, SMALLEST_PROBABILITY, 1.0)))
+Mapper = Callable[..., Iterable[NDArray[np.float32]]]
 
 
 def sharpen(
@@ -162,37 +45,78 @@ def sharpen(
         settings: of the CRF.
 
     Returns:
-        the mask with marginals as ``foreground`` and the most probable label at each pixel.
+        the mask with marginals as ``foreground`` and the most probable label at each pixel; what
+        was found out about the mask stays as it was.
     """
+    return sharpen_batch([(sample, mask)], background, settings)[0]
+
+
+def sharpen_batch(
+    pairs: Sequence[tuple[Sample, RefinedMask]],
+    background: BackgroundRule,
+    settings: CRFSettings,
+    apply: Mapper = map,
+) -> list[RefinedMask]:
+    """Run the dense CRF on several masks; see :func:`sharpen`.
+
+    Args:
+        pairs: images with their masks.
+        background: scores the background.
+        settings: of the CRF.
+        apply: calls a function for each image, such as ``map`` of a pool of processes.
+    """
+    images = [np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy()) for sample, _ in pairs]
+    scores = [_scores(mask, background) for _, mask in pairs]
+    found = apply(dense_crf, images, scores, [settings] * len(pairs))
+    return [_relabelled(mask, each) for (_, mask), each in zip(pairs, found, strict=True)]
+
+
+def _scores(mask: RefinedMask, background: BackgroundRule) -> NDArray[np.float32]:
+    """Probabilities ``(L, H, W)``, background first."""
     scores = torch.cat([background(mask.foreground)[None], mask.foreground])
-    image = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
-    marginals = torch.from_numpy(dense_crf(image, scores.numpy(), settings))
+    return np.asarray(scores.numpy(), np.float32)
+
+
+def _relabelled(mask: RefinedMask, marginals: NDArray[np.float32]) -> RefinedMask:
+    """The mask with other foreground, labelled by the larger of all marginals."""
+    maps = torch.from_numpy(marginals)
     labels = torch.tensor([0, *mask.class_ids], dtype=torch.uint8)
-    return replace(mask, foreground=marginals[1:], label=labels[marginals.argmax(0)])
+    return replace(mask, foreground=maps[1:], label=labels[maps.argmax(0)])
 
 
 class DenseCRF(Callback):
-    """Sharpen every prediction with a dense CRF before it is written.
+    """Sharpen every mask with a dense CRF before it is written, or scored by ``test``.
 
     Background competes with the classes by the run's own background rule. List it before
     :class:`~g4seg_pl.callbacks.writer.MaskWriter`; the run record then names it.
 
     Args:
-        preset: whose settings to use, see :func:`preset`.
+        preset: whose settings to use, see :func:`~g4seg_pl.callbacks.mean_field.preset`.
         scale: factor on the widths in pixels, for pictures larger or smaller than VOC's (about
             500 by 375).
         settings: all parameters by hand, instead of a preset.
+        processes: that share the images of a batch; 0 works in the main process. They are
+            started with the first batch.
     """
 
     changes_masks = True
 
     def __init__(
-        self, preset: Preset = "clip_es", scale: float = 1.0, settings: CRFSettings | None = None
+        self,
+        preset: Preset = "clip_es",
+        scale: float = 1.0,
+        settings: CRFSettings | None = None,
+        processes: int = 0,
     ) -> None:
         super().__init__()
+        if processes < 0:
+            msg = f"processes is {processes}: give 0 for none beside the main one, or more"
+            raise ConfigurationError(msg)
         self.preset = preset
         self.scale = scale
         self.settings = settings
+        self.processes = processes
+        self._pool: ProcessPoolExecutor | None = None
 
     @property
     def effective_settings(self) -> CRFSettings:
@@ -203,19 +127,56 @@ class DenseCRF(Callback):
         """Fail before a model is loaded if pydensecrf is missing."""
         require_crf()
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """End the processes."""
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """End the processes."""
+        self._close()
+
     def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Replace the masks in the list of outputs, which later callbacks are given too."""
-        samples = {item.image_id: item for item in batch if isinstance(item, Sample)}
-        for index, mask in enumerate(outputs):
-            if isinstance(mask, RefinedMask):
-                outputs[index] = sharpen(
-                    samples[mask.image_id], mask, pl_module.background, self.effective_settings
-                )
+        self._replace(pl_module, outputs, batch)
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Replace the masks in the list of outcomes, which the module then scores."""
+        self._replace(pl_module, outputs["outcomes"], batch)
+
+    def _replace(
+        self,
+        pl_module: Any,
+        outputs: list[RefinedMask | FailedSample],
+        batch: list[Sample | FailedSample],
+    ) -> None:
+        """Sharpen in place; what failed stays as it is."""
+        places, pairs = [], []
+        for place, (item, mask) in enumerate(zip(batch, outputs, strict=True)):
+            if isinstance(item, Sample) and isinstance(mask, RefinedMask):
+                places.append(place)
+                pairs.append((item, mask))
+        found = sharpen_batch(pairs, pl_module.background, self.effective_settings, self._mapper())
+        for place, mask in zip(places, found, strict=True):
+            outputs[place] = mask
+
+    def _mapper(self) -> Mapper:
+        """``map`` of the pool, or the plain one."""
+        if not self.processes:
+            return map
+        if self._pool is None:
+            # Not forked: a forked process would inherit the GPU's state and every thread's locks.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.processes, context)
+        return self._pool.map
+
+    def _close(self) -> None:
+        """Let the processes end."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None

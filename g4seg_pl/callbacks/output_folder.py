@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from g4seg_pl.callbacks.palette import label_image
 from g4seg_pl.types import BadItemError, RefinedMask
@@ -34,18 +35,25 @@ class RunSummary:
         skipped: images found finished when it began.
         failed: images that could not be refined, with the error of each.
         total: images asked for.
+        lost_processes: ranks of processes that failed, died or hung.
     """
 
     done: int
     skipped: int
     failed: dict[str, str]
     total: int
+    lost_processes: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """The last line of a run."""
         line = f"done {self.done} / skipped {self.skipped} / failed {len(self.failed)}"
-        left = self.total - self.done - self.skipped - len(self.failed)
-        return f"{line} / total {self.total}" + (f" ({left} not tried)" if left > 0 else "")
+        left = self.not_tried
+        return f"{line} / total {self.total}" + (f" ({left} not tried)" if left else "")
+
+    @property
+    def not_tried(self) -> int:
+        """Images asked for of which nothing is known: a process died, or batches were limited."""
+        return max(0, self.total - self.done - self.skipped - len(self.failed))
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,9 @@ class OutputFolder:
     Attributes:
         root: the folder; made when something is written.
         soft: how soft maps are kept: ``none``, ``npz`` (``foreground`` float16 ``(K, H, W)`` and
-            ``class_ids``), or ``.npy`` dictionaries as CLIP-ES or IRN write them.
+            ``class_ids``; where steps found them out, ``confidence`` and ``pixel_weights`` like
+            ``foreground``, ``score`` and ``score_error`` float32 ``(K,)``), or ``.npy``
+            dictionaries as CLIP-ES or IRN write them, which hold the foreground alone.
     """
 
     root: Path
@@ -111,13 +121,22 @@ class OutputFolder:
     def _save_soft(self, mask: RefinedMask, file: BinaryIO) -> None:
         """Write the soft maps in the chosen format."""
         if self.soft == "npz":
-            maps = mask.foreground.numpy().astype(np.float16)
-            np.savez_compressed(file, foreground=maps, class_ids=np.asarray(mask.class_ids))
+            np.savez_compressed(file, allow_pickle=False, **_soft_arrays(mask))
             return
         from datamodules.seed_files import clip_es, irn
 
         dialect = clip_es if self.soft == "clip_es" else irn
         dialect.write(file, mask.class_ids, mask.foreground.numpy())
+
+
+def _soft_arrays(mask: RefinedMask) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz file: maps in half precision, numbers a mask in single."""
+    arrays: dict[str, NDArray[Any]] = {"class_ids": np.asarray(mask.class_ids)}
+    for name in ("foreground", "confidence", "pixel_weights", "score", "score_error"):
+        found = getattr(mask, name)
+        if found is not None:
+            arrays[name] = found.numpy().astype(np.float16 if found.ndim == 3 else np.float32)
+    return arrays
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:

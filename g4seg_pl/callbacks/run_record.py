@@ -40,6 +40,7 @@ NOT_COMPARED = frozenset(
         "persistent_workers",
         "shard",
         "limit",
+        "processes",
         "masks_per_pass",
         "channels_last",
     }

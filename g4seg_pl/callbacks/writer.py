@@ -1,11 +1,12 @@
 """Writing refined masks while the prediction runs, so that it can be stopped and continued."""
 
-import json
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +21,19 @@ from g4seg_pl.callbacks.output_folder import (
     require_file_name,
     summarise,
 )
-from g4seg_pl.callbacks.run_record import (
-    Json,
-    describe,
-    differing_keys,
-    environment,
-    read_run_record,
-    write_text_atomically,
+from g4seg_pl.callbacks.processes import ProcessFiles
+from g4seg_pl.callbacks.resume import (
+    background_rule,
+    configuration,
+    finished_by,
+    json_text,
+    to_redo,
+    write_run_record,
 )
 from g4seg_pl.types import BadItemError, ConfigurationError, FailedSample, G4SegError, RefinedMask
 
-POLL_SECONDS = 0.2
+__all__ = ["MaskWriter", "background_rule", "json_text", "print_summary"]
+
 SHOWN_FAILURES = 20
 
 
@@ -47,6 +50,9 @@ class MaskWriter(BasePredictionWriter):
         override: redo the images of this run; if the configuration differs, every mask in the
             folder is removed first.
         threads: that write files while the next batch is refined.
+        rank_timeout: seconds that rank 0, when it is done, waits for other processes without
+            seeing any of them finish an image; then those left are given up, and what they did
+            not finish counts as not tried.
 
     Attributes:
         summary: how the run went, on rank 0 after it ended; None before.
@@ -58,14 +64,17 @@ class MaskWriter(BasePredictionWriter):
         soft: Literal["none", "npz", "clip_es", "irn"] = "none",
         override: bool = False,
         threads: int = 2,
+        rank_timeout: float = 1800.0,
     ) -> None:
         super().__init__(write_interval="batch")
         self.out = Path(out)
         self.soft: SoftFormat = soft
         self.override = override
         self.threads = threads
+        self.rank_timeout = rank_timeout
         self.summary: RunSummary | None = None
         self._folder = OutputFolder(self.out, soft)
+        self._processes = ProcessFiles(self.out)
         self._ids: tuple[str, ...] = ()
         self._skipped: frozenset[str] = frozenset()
         self._pool: ThreadPoolExecutor | None = None
@@ -78,19 +87,21 @@ class MaskWriter(BasePredictionWriter):
         if stage != "predict":
             return
         datamodule = _require_datamodule(trainer)
-        config = _configuration(trainer, self.soft)
+        config = configuration(trainer, self.soft)
         datamodule.exclude(())  # what an earlier run in this process left out counts again
         self._ids = tuple(item.image_id for item in datamodule.items)
-        self._skipped = frozenset() if self.override else self._finished_by(config)
+        keep = not self.override
+        self._skipped = finished_by(self._folder, config, self._ids) if keep else frozenset()
         datamodule.exclude(self._skipped)
-        _require_work_for_every_rank(len(self._ids) - len(self._skipped), trainer)
+        _suit_to_what_is_left(len(self._ids) - len(self._skipped), trainer)
         self._folder.make()
-        self._marker(trainer.global_rank).unlink(missing_ok=True)
+        self._processes = ProcessFiles(self.out, getattr(datamodule, "shard", None))
+        self._processes.begin(trainer.global_rank)
         if trainer.is_global_zero:
             if self.override:
-                self._folder.forget(self._to_redo(config))
-            self._write_run_record(config, pl_module, datamodule)
-        self._records = RecordFile(self.out / _record_name(datamodule, trainer.global_rank))
+                self._folder.forget(to_redo(self._folder, config, self._ids))
+            write_run_record(self._folder, config, pl_module, datamodule)
+        self._records = RecordFile(self._processes.record(trainer.global_rank))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mask-writer")
 
     def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
@@ -124,17 +135,21 @@ class MaskWriter(BasePredictionWriter):
             return
         self._collect(leave=0)
         self._close()
-        self._marker(trainer.global_rank).touch()
+        self._processes.finish(trainer.global_rank)
         if trainer.is_global_zero:
-            self._wait_for_ranks(trainer.world_size)
-            self.summary = summarise(self._folder, self._ids, self._skipped)
+            lost = self._processes.wait(trainer.world_size, self.rank_timeout)
+            summary = summarise(self._folder, self._ids, self._skipped)
+            self.summary = replace(summary, lost_processes=lost)
             print_summary(self.summary)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Let files already handed over be written."""
+        """Let files already handed over be written; rank 0 need not wait for this process."""
+        if self._pool is None:
+            return
         self._close()
+        self._processes.finish(trainer.global_rank, failed=True)
 
     def _submit(self, item: RefinedMask | FailedSample, seconds: float) -> None:
         """Queue one image, or record its failure."""
@@ -165,6 +180,7 @@ class MaskWriter(BasePredictionWriter):
             height=height,
             width=width,
             seconds=seconds,
+            **_found_out(mask),
         )
 
     def _collect(self, leave: int) -> None:
@@ -178,65 +194,6 @@ class MaskWriter(BasePredictionWriter):
             self._pool.shutdown(wait=True)
             self._pool = None
         self._pending.clear()
-
-    def _finished_by(self, config: Json) -> frozenset[str]:
-        """The images of this run that lie finished in the folder, made by this configuration."""
-        finished = self._folder.finished()
-        if not finished:
-            return frozenset()
-        record = read_run_record(self._folder.run_json)
-        if not record:
-            msg = f"out {self.out} holds masks but no run.json: use another out, or --override"
-            raise ConfigurationError(msg)
-        if keys := differing_keys(config, record["config"]):
-            msg = (
-                f"out {self.out} was made with another configuration, which differs in "
-                f"{', '.join(keys)}: use another out, or --override"
-            )
-            raise ConfigurationError(msg)
-        return frozenset(finished & set(self._ids))
-
-    def _to_redo(self, config: Json) -> set[str]:
-        """What ``override`` removes: this run's images, or all that another configuration made."""
-        try:
-            record = read_run_record(self._folder.run_json)
-        except ConfigurationError:
-            record = {}
-        same = bool(record) and not differing_keys(config, record["config"])
-        return self._folder.finished() & set(self._ids) if same else self._folder.finished()
-
-    def _write_run_record(self, config: Json, module: Any, datamodule: Any) -> None:
-        """Write run.json, or add this run to the one of a continued folder."""
-        now = environment()
-        if self._folder.finished():
-            record = read_run_record(self._folder.run_json)
-            record.setdefault("continued", []).append(now)
-        else:
-            record = {
-                "config": config,
-                "model": describe(getattr(module, "model", None)),
-                "seed": getattr(module, "seed", None),
-                "split": describe(getattr(datamodule, "split", None)),
-                "background_rule": background_rule(module),
-                **now,
-            }
-        write_text_atomically(self._folder.run_json, json_text(record))
-
-    def _marker(self, rank: int) -> Path:
-        """The file by which a process says that it has written all it had."""
-        return self.out / f".finished.rank{rank}"
-
-    def _wait_for_ranks(self, world_size: int) -> None:
-        """Wait for the other processes' markers.
-
-        Files and not a barrier: ranks may finish hours apart, and collectives time out. A process
-        that dies takes this one with it, by its launcher.
-        """
-        markers = [self._marker(rank) for rank in range(world_size)]
-        while not all(marker.exists() for marker in markers):
-            time.sleep(POLL_SECONDS)
-        for marker in markers:
-            marker.unlink(missing_ok=True)
 
 
 def _require_datamodule(trainer: pl.Trainer) -> Any:
@@ -255,58 +212,36 @@ def _require_datamodule(trainer: pl.Trainer) -> Any:
     return datamodule
 
 
-def _require_work_for_every_rank(left: int, trainer: pl.Trainer) -> None:
-    """Refuse fewer images than processes; where none is left, let the loop and the model rest."""
-    if left == 0:
-        trainer.limit_predict_batches = 0
-    elif left < trainer.world_size:
-        msg = (
-            f"{left} images are left for {trainer.world_size} processes: "
-            f"lower --trainer.devices to {left} or less"
-        )
-        raise ConfigurationError(msg)
-
-
-def _configuration(trainer: pl.Trainer, soft: SoftFormat) -> Json:
-    """All that decides what the masks are: model, data, and callbacks that change predictions.
+def _suit_to_what_is_left(left: int, trainer: pl.Trainer) -> None:
+    """Where no image is left, let the loop and the model rest; with few, some processes rest.
 
     Raises:
-        ConfigurationError: if such a callback stands behind the writer.
+        ConfigurationError: fewer images than processes, and a DataModule that cannot have that.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    changing = [index for index, item in enumerate(callbacks) if getattr(item, "changes_masks", 0)]
-    writers = [index for index, item in enumerate(callbacks) if isinstance(item, MaskWriter)]
-    if changing and max(changing) > min(writers):
-        name = type(callbacks[max(changing)]).__name__
-        msg = f"trainer.callbacks: {name} changes masks, so it must stand before MaskWriter"
-        raise ConfigurationError(msg)
+    processes = trainer.world_size
+    if left == 0:
+        trainer.limit_predict_batches = 0
+    elif left < processes:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not datamodule.allow_zero_length_dataloader_with_multiple_devices:
+            msg = (
+                f"{left} images are left for {processes} processes: "
+                f"lower --trainer.devices to {left} or less"
+            )
+            raise ConfigurationError(msg)
+        if trainer.is_global_zero:
+            idle = processes - left
+            print(f"images left: {left}; of {processes} processes {idle} will have nothing to do")
+
+
+def _found_out(mask: RefinedMask) -> dict[str, Any]:
+    """What steps found out about each mask as a whole; null for what no number says."""
+    named = {"score": mask.score, "score_error": mask.score_error}
     return {
-        "model": describe(trainer.lightning_module),
-        "data": describe(trainer.datamodule),  # type: ignore[attr-defined]
-        "soft": soft,
-        "changed_by": [describe(callbacks[index]) for index in changing],
+        name: [round(number, 8) if math.isfinite(number) else None for number in numbers.tolist()]
+        for name, numbers in named.items()
+        if numbers is not None
     }
-
-
-def background_rule(module: Any) -> str:
-    """The background rule in a few words, as it is printed beside scores."""
-    rule = describe(getattr(module, "background", None))
-    if not isinstance(rule, dict):
-        return "not recorded"
-    settings = ", ".join(f"{name}={value}" for name, value in rule["init_args"].items())
-    return f"{rule['class_path'].rpartition('.')[2]}({settings})"
-
-
-def _record_name(datamodule: Any, rank: int) -> str:
-    """Name of this process's record file; runs over parts of the data get one each."""
-    shard = getattr(datamodule, "shard", None)
-    part = f"shard{str(shard).replace('/', 'of')}." if shard else ""
-    return f"records.{part}rank{rank}.jsonl"
-
-
-def json_text(value: Json) -> str:
-    """Indented JSON with a final newline."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def print_summary(summary: RunSummary) -> None:
@@ -315,6 +250,12 @@ def print_summary(summary: RunSummary) -> None:
         print(f"failed {image_id}: {error}", file=sys.stderr)
     if (more := len(summary.failed) - SHOWN_FAILURES) > 0:
         print(f"... and {more} more failures, see records.*.jsonl", file=sys.stderr)
+    if summary.lost_processes:
+        print(
+            f"processes that died or hung, by rank: {', '.join(map(str, summary.lost_processes))}; "
+            "look into their logs, then run again to do what is left",
+            file=sys.stderr,
+        )
     if summary.total and summary.skipped == summary.total:
         print("nothing left to do: every image is finished")
     print(summary, flush=True)

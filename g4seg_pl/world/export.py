@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 from g4seg_pl.world.clip import PREPROCESS, clip_config
 from g4seg_pl.world.data import DEFAULT_CACHE
 from g4seg_pl.world.folders import WEIGHTS
+from g4seg_pl.world.text import write_tokenizer
 from g4seg_pl.world.train import judge_weights, load_tokenizer, load_vae
 from g4seg_pl.world.unet import TextToLatent, build_scheduler
 
@@ -60,7 +61,7 @@ def export_generator(out: Path, scaling_factor: float, target: Path) -> None:
     model.unet.set_attn_processor(AttnProcessor2_0())
     model.unet.half().save_pretrained(target / "unet")
     model.text_encoder.save_pretrained(target / "text_encoder")
-    tokenizer.save_pretrained(target / "tokenizer")
+    write_tokenizer(target / "tokenizer")  # with vocab.json and merges.txt, for older readers
     build_scheduler().save_pretrained(target / "scheduler")
     text = json.dumps(_MODEL_INDEX, indent=2) + "\n"
     (target / "model_index.json").write_text(text, encoding="utf-8")

@@ -85,7 +85,7 @@ def draw_scene(seed: int, size: int = IMAGE_SIZE, max_objects: int = 3) -> Scene
         max_objects: 1 to 3; 1 draws the single-object scenes of the gates.
 
     Returns:
-        The picture with its exact mask; every listed class shows at least 0.8 % of the picture.
+        The picture with its exact mask; every listed class shows at least 1.2 % of the picture.
     """
     if seed < 0 or not 1 <= max_objects <= 3:
         message = f"seed must be >= 0 and max_objects 1..3; got {seed} and {max_objects}"
@@ -96,7 +96,7 @@ def draw_scene(seed: int, size: int = IMAGE_SIZE, max_objects: int = 3) -> Scene
         counts = np.bincount(mask.ravel(), minlength=len(CLASSES) + 1)
         labels = tuple(int(label) for label in np.flatnonzero(counts[1:]) + 1)
         # A class that is all but hidden would be a label without evidence: draw again.
-        if labels and min(counts[label] for label in labels) >= 0.008 * size * size:
+        if labels and min(counts[label] for label in labels) >= 0.012 * size * size:
             return Scene(_develop(image, rng), mask, labels)
 
 
@@ -210,7 +210,7 @@ def _object(
     size: int,
     count: int,
 ) -> None:
-    radius = 0.11 * 4.0 ** rng.uniform(0, 1.0 if count == 1 else 0.8)  # half-size, scale range 1:4
+    radius = 0.12 * 4.0 ** rng.uniform(0, 1.0 if count == 1 else 0.8)  # half-size, scale range 1:4
     x, y = rng.uniform(0.12, 0.88, 2)
     turn = rng.normal(0, 0.35) + (np.pi if rng.random() < 0.15 else 0.0)
     u, v = _grid(size)
@@ -234,9 +234,9 @@ def _surface(
     rng: np.random.Generator,
 ) -> Array:
     first, second = _material(str(rng.choice(list(kind.colours))), rng, rng.uniform(0.35, 0.6))
-    if rng.random() < 0.45:  # half hidden: the object takes the colour of what lies behind it
+    if rng.random() < 0.35:  # half hidden: the object takes the colour of what lies behind it
         behind = image[alpha > 0.5].mean(axis=0) if (alpha > 0.5).any() else first
-        share = np.float32(rng.uniform(0.5, 0.95))
+        share = np.float32(rng.uniform(0.4, 0.8))
         middle = (first + second) / 2
         first, second = (each + share * (behind - middle) for each in (first, second))
     pattern = kind.texture(*local, rng)

@@ -1,5 +1,6 @@
 """Files of a run: palette, atomic writing, soft formats, records and the run record."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,25 @@ def test_clip_es_soft_maps_are_read_as_that_project_reads_them(tmp_path: Path) -
     content = np.load(tmp_path / "soft" / "a.b.npy", allow_pickle=True).item()
     np.testing.assert_array_equal(content["keys"] + 1, (2, 5))
     assert content["attn_highres"].shape == (2, 2, 3)
+
+
+def test_irn_soft_maps_are_read_as_that_project_reads_them(tmp_path: Path) -> None:
+    mask = replace(refined(), foreground=torch.rand(2, 9, 13), label=torch.zeros(9, 13).byte())
+    OutputFolder(tmp_path, "irn").save(mask)
+    content = np.load(tmp_path / "soft" / "a.b.npy", allow_pickle=True).item()
+    assert (content["keys"] + 1).tolist() == [2, 5]
+    assert content["high_res"].shape == (2, 9, 13)
+    assert content["cam"].shape == (2, 3, 4)  # a quarter of the size, rounded up
+    np.testing.assert_allclose(content["high_res"], mask.foreground, atol=1e-3)
+
+
+def test_findings_lie_beside_the_soft_maps(tmp_path: Path) -> None:
+    found = {"confidence": torch.rand(2, 2, 3), "score": torch.tensor([0.5, -1.25])}
+    OutputFolder(tmp_path, "npz").save(replace(refined(), **found))
+    with np.load(tmp_path / "soft" / "a.b.npz") as content:
+        assert set(content) == {"foreground", "class_ids", *found}
+        assert content["confidence"].dtype == np.float16
+        np.testing.assert_array_equal(content["score"], found["score"])
 
 
 @pytest.mark.parametrize("image_id", ["", "..", "../a", "a/../b", "/a", "a\\b"])

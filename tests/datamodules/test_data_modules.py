@@ -21,6 +21,7 @@ from datamodules import (
 )
 from datamodules.classes import BUNDLED, read_class_list
 from datamodules.items import check_id, parse_line
+from datamodules.sampling import ProcessSampler
 from g4seg_pl.types import BadItemError, ConfigurationError, FailedSample, Sample
 
 Maker = Callable[..., Path]
@@ -301,9 +302,26 @@ def test_exclusion_comes_after_sharding(voc: Path) -> None:
     assert ids(data) == ["a", "d"]
     data.exclude(["a", "not listed"])
     assert ids(data) == ["d"]
-    data.exclude(["d"])
+    data.exclude(["a", "d"])
     assert ids(data) == []
     assert read_all(data) == []
+
+
+def test_exclusion_replaces_that_of_an_earlier_run(voc: Path) -> None:
+    data = module(voc, "train_aug", shard="1/2")
+    data.exclude(["a"])
+    data.exclude(["d"])
+    assert ids(data) == ["a"]
+    data.exclude(())
+    assert ids(data) == ["a", "d"]
+
+
+@pytest.mark.parametrize(("items", "processes"), [(5, 2), (2, 3), (0, 2)])
+def test_processes_share_the_items_without_repeating_any(items: int, processes: int) -> None:
+    samplers = [ProcessSampler(range(items), processes, rank) for rank in range(processes)]
+    parts = [list(sampler) for sampler in samplers]
+    assert sorted(itertools.chain(*parts)) == list(range(items))
+    assert [len(sampler) for sampler in samplers] == [len(part) for part in parts]
 
 
 def test_workers_read_the_same(voc: Path) -> None:

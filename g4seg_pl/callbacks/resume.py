@@ -1,0 +1,115 @@
+"""Whether a run may go on in a folder, what it finds finished there, and its run.json."""
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from g4seg_pl.callbacks.output_folder import OutputFolder, SoftFormat
+from g4seg_pl.callbacks.run_record import (
+    Json,
+    describe,
+    differing_keys,
+    environment,
+    read_run_record,
+    write_text_atomically,
+)
+from g4seg_pl.types import ConfigurationError
+
+
+def configuration(trainer: pl.Trainer, soft: SoftFormat) -> Json:
+    """All that decides what the masks are: model, data, and callbacks that change predictions.
+
+    Args:
+        trainer: with module, DataModule and callbacks attached.
+        soft: how soft maps are kept.
+
+    Raises:
+        ConfigurationError: if such a callback stands behind the writer.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    changing = [index for index, item in enumerate(callbacks) if getattr(item, "changes_masks", 0)]
+    writers = [
+        index for index, item in enumerate(callbacks) if isinstance(item, BasePredictionWriter)
+    ]
+    if changing and max(changing) > min(writers):
+        name = type(callbacks[max(changing)]).__name__
+        msg = f"trainer.callbacks: {name} changes masks, so it must stand before MaskWriter"
+        raise ConfigurationError(msg)
+    return {
+        "model": describe(trainer.lightning_module),
+        "data": describe(trainer.datamodule),  # type: ignore[attr-defined]
+        "soft": soft,
+        "changed_by": [describe(callbacks[index]) for index in changing],
+    }
+
+
+def finished_by(folder: OutputFolder, config: Json, ids: Collection[str]) -> frozenset[str]:
+    """Which of the images asked for lie finished in a folder, made by this very configuration.
+
+    Args:
+        folder: where the run writes.
+        config: of this run.
+        ids: the images asked for.
+
+    Raises:
+        ConfigurationError: the folder holds masks that another configuration made.
+    """
+    finished = folder.finished()
+    if not finished:
+        return frozenset()
+    record = read_run_record(folder.run_json)
+    if not record:
+        msg = f"out {folder.root} holds masks but no run.json: use another out, or --override"
+        raise ConfigurationError(msg)
+    if keys := differing_keys(config, record["config"]):
+        msg = (
+            f"out {folder.root} was made with another configuration, which differs in "
+            f"{', '.join(keys)}: use another out, or --override"
+        )
+        raise ConfigurationError(msg)
+    return frozenset(finished & set(ids))
+
+
+def to_redo(folder: OutputFolder, config: Json, ids: Collection[str]) -> set[str]:
+    """What ``override`` removes: the images asked for, or all that another configuration made."""
+    try:
+        record = read_run_record(folder.run_json)
+    except ConfigurationError:
+        record = {}
+    same = bool(record) and not differing_keys(config, record["config"])
+    return folder.finished() & set(ids) if same else folder.finished()
+
+
+def write_run_record(folder: OutputFolder, config: Json, module: Any, datamodule: Any) -> None:
+    """Write run.json, or add this run to the one of a continued folder."""
+    now = environment()
+    if folder.finished():
+        record = read_run_record(folder.run_json)
+        record.setdefault("continued", []).append(now)
+    else:
+        record = {
+            "config": config,
+            "model": describe(getattr(module, "model", None)),
+            "seed": getattr(module, "seed", None),
+            "split": describe(getattr(datamodule, "split", None)),
+            "background_rule": background_rule(module),
+            **now,
+        }
+    write_text_atomically(folder.run_json, json_text(record))
+
+
+def background_rule(module: Any) -> str:
+    """The background rule in a few words, as it is printed beside scores."""
+    rule = describe(getattr(module, "background", None))
+    if not isinstance(rule, dict):
+        return "not recorded"
+    settings = ", ".join(f"{name}={value}" for name, value in rule["init_args"].items())
+    return f"{rule['class_path'].rpartition('.')[2]}({settings})"
+
+
+def json_text(value: Json) -> str:
+    """Indented JSON with a final newline."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

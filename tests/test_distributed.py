@@ -1,0 +1,156 @@
+"""Two processes: every image once, the same masks and scores as one, and none waits for ever."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from command_line import environment, masks, records, scores, words
+from fake_voc import write_voc
+
+from g4seg_pl.callbacks.processes import ProcessFiles
+from g4seg_pl.main import main
+
+IDS = [f"image{index}" for index in range(5)]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of one and of two processes over the same tree.
+
+    Attributes:
+        root: where they ran.
+        said: what each of the two processes printed.
+    """
+
+    root: Path
+    said: tuple[str, str]
+
+
+def run_pair(folder: Path, runs: list[list[str]]) -> tuple[str, str]:
+    """Run the command lines one after the other in two processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (folder / "runs.json").write_text(json.dumps(runs))
+    script = str(Path(__file__).with_name("several_runs.py"))
+    shared = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    shared |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, "runs.json"],
+            cwd=folder,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    return said[0], said[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> Runs:
+    root = tmp_path_factory.mktemp("distributed")
+    write_voc(root, IDS)
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2"]
+    left = root / "few" / "masks"
+    pair = [
+        words("predict", sd1_folder, "two", *two),
+        words("predict", sd1_folder, "few", *two),
+        words("predict", sd1_folder, "few", *two),
+        words("test", sd1_folder, "two_scores", *two),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for name in ("one", "few"):
+            assert main(words("predict", sd1_folder, name)) == 0
+        (left / "image1.png").unlink()
+        assert main(words("test", sd1_folder, "one_scores")) == 0
+    return Runs(root, run_pair(root, pair))
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(runs: Runs) -> None:
+    assert masks(runs.root / "one") == masks(runs.root / "two")
+    assert sorted(record["id"] for record in records(runs.root / "two")) == IDS
+    ranks = {path.name for path in (runs.root / "two").glob("records.*")}
+    assert ranks == {"records.rank0.jsonl", "records.rank1.jsonl"}
+    assert "done 5 / skipped 0 / failed 0 / total 5" in runs.said[0]
+    assert "done" not in runs.said[1]
+    assert not list((runs.root / "two").glob(".finished*"))
+
+
+@pytest.mark.slow
+def test_fewer_images_left_than_processes_are_done_all_the_same(runs: Runs) -> None:
+    assert "images left: 1; of 2 processes 1 will have nothing to do" in runs.said[0]
+    assert "done 1 / skipped 4 / failed 0 / total 5" in runs.said[0]
+    assert masks(runs.root / "few") == masks(runs.root / "one")
+
+
+@pytest.mark.slow
+def test_no_image_left_is_said_and_is_no_error(runs: Runs) -> None:
+    assert "nothing left to do: every image is finished" in runs.said[0]
+    assert [said.count("status 0") for said in runs.said] == [4, 4]
+
+
+@pytest.mark.slow
+def test_scores_of_two_processes_are_those_of_one(runs: Runs) -> None:
+    one, two = (scores(runs.root / name) for name in ("one_scores", "two_scores"))
+    assert one["test/n_images"] == 5
+    assert one == two
+
+
+def test_dead_process_is_given_up_by_its_rank(tmp_path: Path) -> None:
+    files = ProcessFiles(tmp_path)
+    files.finish(0)
+    files.finish(2)
+    assert files.wait(3, patience=0.1) == (1,)
+    assert not list(tmp_path.glob(".finished*"))
+
+
+def test_failed_process_is_not_waited_for(tmp_path: Path) -> None:
+    files = ProcessFiles(tmp_path)
+    files.finish(0)
+    files.finish(1, failed=True)
+    began = time.monotonic()
+    assert files.wait(2, patience=60) == (1,)
+    assert time.monotonic() - began < 5
+
+
+def test_slow_process_is_waited_for_while_it_writes(tmp_path: Path) -> None:
+    files = ProcessFiles(tmp_path)
+    files.finish(0)
+
+    def work() -> None:
+        for _ in range(8):
+            with files.record(1).open("a") as file:
+                file.write("image\n")
+            time.sleep(0.25)
+        files.finish(1)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert files.wait(2, patience=1.5) == ()
+    worker.join()
+    assert len(files.record(1).read_text().splitlines()) == 8
+
+
+def test_runs_over_other_shards_do_not_touch_our_markers(tmp_path: Path) -> None:
+    ours, others = (ProcessFiles(tmp_path, shard) for shard in ("1/2", "2/2"))
+    ours.finish(0)
+    others.begin(0)
+    assert ours.wait(1, patience=0) == ()
+    assert ours.record(0) != others.record(0)

@@ -1,0 +1,31 @@
+"""The published weights are what the readers of Stable Diffusion and open_clip expect."""
+
+import torch
+
+from g4seg_pl.backbones.stable_diffusion import StableDiffusion
+from g4seg_pl.world.check import load_judge
+from g4seg_pl.world.folders import CLIP, GENERATOR, WEIGHTS
+from g4seg_pl.world.scenes import CLASS_NAMES
+
+
+def test_weights_stay_small() -> None:
+    size = sum(file.stat().st_size for file in WEIGHTS.rglob("*.safetensors"))
+    assert size <= 40 * 2**20
+
+
+def test_generator_folder_loads_and_names_every_class() -> None:
+    generator = StableDiffusion.from_pretrained(str(GENERATOR))
+    for name in CLASS_NAMES:
+        mask = generator.token_mask(f"A photo of {name}", name)
+        assert mask.sum() == len(name.split())
+    latents = generator.encode(torch.zeros(1, 3, 64, 64))
+    assert latents.shape == (1, 4, 16, 16)
+
+
+def test_clip_and_judge_load() -> None:
+    from g4seg_pl.seeds.clip_model import encode_texts, load_clip
+
+    clip, tokenizer = load_clip(str(CLIP))
+    vectors = encode_texts(clip, tokenizer, CLASS_NAMES, ["a photo of {}"])
+    assert torch.linalg.matrix_rank(vectors.detach()) == len(CLASS_NAMES)
+    assert load_judge()(torch.zeros(1, 3, 64, 64)).shape == (1, len(CLASS_NAMES))
