@@ -2,7 +2,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+LAB := $(BIN)/python -m g4seg_pl.lab
+
+.PHONY: demo test lint lab clean
 
 .venv/run.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -24,6 +26,13 @@ lint: .venv/test.stamp
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Hours on a CPU; every part resumes and can be run by itself.
+lab: .venv/test.stamp
+	$(LAB) choose
+	$(LAB) claim modules refiners controls groups likelihood open_vocabulary costs
+	$(LAB) sensitivity signals words failures --kinds gradcam
+	$(LAB) report
 
 clean:
 	rm -rf .venv outputs

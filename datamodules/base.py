@@ -32,8 +32,8 @@ class SeedDataModule(LightningDataModule, ABC):
         seeds: folder of seed files, one per image, or one COCO JSON file. None only where
             `labels` is given, for models that make seeds: maps are then zero.
         class_names: class list, a file or the name of a bundled one; None takes the data set's.
-        labels: image-level labels: `seed` (the seed's own classes), `annotations`, or a file
-            (see `datamodules.labels`).
+        labels: image-level labels: `seed` (the seed's own classes), `annotations`, a file
+            (see `datamodules.labels`), or `none` for makers that look for every class.
         dialect: dialect of the seed files; `auto` detects it.
         seed_options: what the seed files do not say themselves.
         orientation: `stored` leaves images as they are in the file, `exif` turns them.
@@ -119,7 +119,7 @@ class SeedDataModule(LightningDataModule, ABC):
         return None
 
     def _open_labels(self) -> LabelSource | None:
-        if self.labels == "seed":
+        if self.labels in ("seed", "none"):
             return None
         if self.labels != "annotations":
             return FileLabels(Path(self.labels), self.class_list)

@@ -1,4 +1,4 @@
-"""g4seg: refine coarse segmentation masks with a text-to-image diffusion model, without training."""
+"""g4seg: refine coarse segmentation masks with a diffusion model, without training anything."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

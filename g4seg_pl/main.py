@@ -34,7 +34,14 @@ COMMANDS = {
     "evaluate": Command("g4seg_pl.evaluation.evaluate:evaluate", "score a folder of label files"),
     "prepare": Command("g4seg_pl.world.prepare:prepare", "write scenes as a VOCdevkit tree"),
     "convert": Command("datamodules.convert:convert", "convert seed files between dialects"),
+    "compare": Command("g4seg_pl.lab.compare:compare", "refiners and chains in one table"),
     "check": Command("datamodules.check:check", "check a data set and its seeds without a model"),
+}
+
+# Commands with a parser of their own: module, function, help.
+OWN_PARSERS = {
+    "paper": Command("g4seg_pl.lab.paper:main", "a table of the paper beside the measured one"),
+    "train": Command("g4seg_pl.segmentation.cli:main", "train a network on the result"),
 }
 
 USAGE = """usage: g4seg COMMAND [arguments]
@@ -74,7 +81,7 @@ def usage() -> str:
     lines = {
         "predict": "refine a data set's coarse masks and write them",
         "test": "score seeds and refined masks in one pass",
-        **{name: command.help for name, command in COMMANDS.items()},
+        **{name: command.help for name, command in (COMMANDS | OWN_PARSERS).items()},
     }
     return USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, text in lines.items()))
 
@@ -100,6 +107,9 @@ def _run(name: str, words: list[str]) -> int:
         return run_trainer([name, *words])
     if name in COMMANDS:
         return _run_function(COMMANDS[name].load(), name, words)
+    if name in OWN_PARSERS:
+        status = OWN_PARSERS[name].load()([_with_underscores(word) for word in words])
+        return status if isinstance(status, int) else 0
     print(f"g4seg: error: no command {name!r}\n\n{usage()}", file=sys.stderr)
     return 2
 

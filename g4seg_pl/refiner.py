@@ -223,7 +223,7 @@ class G4SegRefiner:
             return results
         size = (self.working_size, self.working_size)
         before = [masks_to_working(seeds[index], size) for index in occupied]
-        context = self._context([samples[index] for index in occupied])
+        context = self.context([samples[index] for index in occupied])
         after = refine(torch.cat(before).to(context.images.device), context, self.steps, callback)
         counts = [len(part) for part in before]
         found = _findings(context, counts)
@@ -235,7 +235,8 @@ class G4SegRefiner:
             results[index] = Refinement(foreground, **native)
         return results
 
-    def _context(self, samples: Sequence[Sample]) -> RefinementContext:
+    def context(self, samples: Sequence[Sample]) -> RefinementContext:
+        """Return what update steps share about a batch of samples, at working size."""
         size = (self.working_size, self.working_size)
         device = self.generator.alphas_cumprod.device
         images = torch.stack([image_to_working(sample.image, size) for sample in samples])

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Shapes in signatures are checked under pytest only; this must precede the first import of ours.
 sys.path.insert(0, str(Path(__file__).parent))
 install_import_hook(
-    ["g4seg_pl.core", "g4seg_pl.backbones", "g4seg_pl.features"],
+    ["g4seg_pl.core", "g4seg_pl.backbones", "g4seg_pl.features", "g4seg_pl.seeds"],
     "shape_checks.check" if find_spec("beartype") else None,
 )
 

@@ -9,16 +9,12 @@ from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
 from datamodules.seed_files.maps import SeedMaps, as_array, as_maps
-from g4seg_pl.types import ConfigurationError
 
 
 def _load(path: Path) -> dict[str, object]:
     try:
+        # Imported here: most runs never see a .mat file.
         loadmat = import_module("scipy.io").loadmat
-    except ImportError as error:
-        message = ".mat seeds need SciPy: pip install 'g4seg[mat]'"
-        raise ConfigurationError(message) from error
-    try:
         content: dict[str, object] = loadmat(path)
     except Exception as error:  # SciPy's parser raises whatever the damage leads to
         raise bad_item(path, f"no readable .mat file: {error}", "Write it again") from error

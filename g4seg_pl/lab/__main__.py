@@ -1,0 +1,113 @@
+"""``python -m g4seg_pl.lab choose|all|report|<table>``: the laboratory of the embedded world."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+from g4seg_pl.lab.cache import Store
+from g4seg_pl.lab.choose import GRID, choose
+from g4seg_pl.lab.laboratory import CHOSEN, MAIN_KINDS, Lab
+from g4seg_pl.lab.models import Models
+from g4seg_pl.lab.pictures import failures
+from g4seg_pl.lab.report import write_report
+from g4seg_pl.lab.sources import SEED_KINDS, SeedKind
+from g4seg_pl.lab.table import Table
+from g4seg_pl.lab.tables.explanation import claim, likelihood
+from g4seg_pl.lab.tables.groups import groups
+from g4seg_pl.lab.tables.refinement import (
+    controls,
+    costs,
+    modules,
+    refiners,
+    sensitivity,
+    signals,
+)
+from g4seg_pl.lab.tables.words import open_vocabulary, words
+from g4seg_pl.types import G4SegError
+from g4seg_pl.world.folders import CLIP, GENERATOR
+
+TABLES: dict[str, Callable[[Lab], Table]] = {
+    "claim": claim,
+    "modules": modules,
+    "sensitivity": sensitivity,
+    "groups": groups,
+    "refiners": refiners,
+    "signals": signals,
+    "controls": controls,
+    "words": words,
+    "likelihood": likelihood,
+    "open_vocabulary": open_vocabulary,
+    "costs": costs,
+}
+OTHERS = ("choose", "all", "report", "failures")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    made = argparse.ArgumentParser(prog="python -m g4seg_pl.lab", description=__doc__)
+    made.add_argument("what", nargs="+", choices=[*OTHERS, *TABLES], metavar="what")
+    made.add_argument("--generator", default=str(GENERATOR), help="a diffusers folder")
+    made.add_argument("--clip", type=Path, default=CLIP, help="an open_clip folder")
+    made.add_argument("--store", type=Path, default=Path("outputs/lab"), help="results, resumable")
+    made.add_argument("--results", type=Path, default=CHOSEN.parent, help="tables as JSON")
+    made.add_argument("--grid", type=Path, default=GRID, help="what `choose` tries")
+    made.add_argument("--images", type=int, default=300, help="test scenes")
+    made.add_argument("--first", type=int, default=0, help="first test scene")
+    made.add_argument("--val-images", type=int, default=None, help="instead of the grid's")
+    made.add_argument("--noise-seeds", type=int, default=3)
+    made.add_argument("--kinds", nargs="+", choices=SEED_KINDS, default=MAIN_KINDS)
+    made.add_argument("--only", nargs="+", default=None, help="ways to choose anew")
+    made.add_argument("--checkpoints", nargs="+", type=Path, default=(), help="for `words`")
+    made.add_argument("--resamples", type=int, default=1000)
+    made.add_argument("--quiet", action="store_true")
+    return made
+
+
+def make_lab(options: argparse.Namespace) -> Lab:
+    """The lab that the arguments describe."""
+    return Lab(
+        Models(options.generator, options.clip),
+        Store(options.store),
+        options.results,
+        options.results / "chosen.json",
+        options.images,
+        options.first,
+        tuple(range(options.noise_seeds)),
+        cast(tuple[SeedKind, ...], tuple(options.kinds)),
+        options.resamples,
+        options.quiet,
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run what is asked for, in order."""
+    options = parser().parse_args(args)
+    lab = make_lab(options)
+    wanted = ["choose", *TABLES, "failures", "report"] if "all" in options.what else options.what
+    try:
+        for name in wanted:
+            _run(name, lab, options)
+    except G4SegError as error:
+        print(f"lab: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(name: str, lab: Lab, options: argparse.Namespace) -> None:
+    match name:
+        case "choose":
+            choose(lab, options.grid, options.kinds, options.val_images, options.only)
+        case "report":
+            print(write_report(lab.results))
+        case "failures":
+            print(failures(lab, options.results))
+        case _:
+            made = words(lab, options.checkpoints) if name == "words" else TABLES[name](lab)
+            made.write(lab.results)
+            print(made.markdown(), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

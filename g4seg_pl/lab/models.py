@@ -1,0 +1,97 @@
+"""The models that experiments run on, and what tells two of them apart."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from g4seg_pl.callbacks.run_record import Json, describe
+from g4seg_pl.features.base import DenseFeatures
+from g4seg_pl.features.vae import VAEFeatures
+from g4seg_pl.lab.cache import hash_of_files
+from g4seg_pl.refiner import G4SegRefiner
+from g4seg_pl.types import ConfigurationError
+from g4seg_pl.world.folders import CLIP, GENERATOR
+
+
+@dataclass
+class Models:
+    """A generator with feature extractors, loaded when first used.
+
+    Attributes:
+        generator: a diffusers folder or hub id; the embedded one by default.
+        clip: an open_clip folder, for seeds of the embedded world.
+        device: None takes a GPU if there is one.
+        prompt_template: the prompt, with one ``{}`` for the class.
+        masks_per_pass: how many masks enter a network at once.
+    """
+
+    generator: str | Path = GENERATOR
+    clip: Path = CLIP
+    device: str | None = None
+    prompt_template: str = "A photo of {}"
+    masks_per_pass: int = 32
+    _refiners: dict[str, G4SegRefiner] = field(default_factory=dict, init=False, repr=False)
+
+    def refiner(self, features: DenseFeatures | None = None) -> G4SegRefiner:
+        """The generator with a feature extractor, the generator's own autoencoder if None.
+
+        Raises:
+            ConfigurationError: the model cannot be loaded.
+        """
+        features = VAEFeatures() if features is None else features
+        name = str(describe(features))
+        if name not in self._refiners:
+            self._refiners[name] = self._load(features)
+        return self._refiners[name]
+
+    def _load(self, features: DenseFeatures) -> G4SegRefiner:
+        for other in self._refiners.values():
+            # The generator itself is loaded once, whatever looks at its images.
+            features.load(getattr(other.generator, "vae", None))
+            features.to(other.generator.alphas_cumprod.device)
+            return G4SegRefiner(
+                other.generator,
+                features,
+                (),
+                prompt_template=self.prompt_template,
+                masks_per_pass=self.masks_per_pass,
+            )
+        return G4SegRefiner.from_pretrained(
+            str(self.generator),
+            features=features,
+            steps=(),
+            device=self.device,
+            prompt_template=self.prompt_template,
+            masks_per_pass=self.masks_per_pass,
+        )
+
+    @cached_property
+    def generator_identity(self) -> str:
+        """Hash of the generator's files; the name itself for a hub id."""
+        return _identity(self.generator)
+
+    @cached_property
+    def clip_identity(self) -> str:
+        """Hash of CLIP's files.
+
+        Raises:
+            ConfigurationError: there is no such folder.
+        """
+        if not Path(self.clip).is_dir():
+            message = f"clip: no folder {self.clip}; train it by `make world`, or give another"
+            raise ConfigurationError(message)
+        return _identity(self.clip)
+
+    def identity(self, features: DenseFeatures | None) -> Json:
+        """What results depend on besides the settings of a way."""
+        return {
+            "generator": self.generator_identity,
+            "features": describe(features or VAEFeatures()),
+            "features_weights": _identity(getattr(features, "model", "none")),
+            "prompt": self.prompt_template,
+        }
+
+
+def _identity(model: str | Path) -> str:
+    folder = Path(model)
+    return hash_of_files(folder) if folder.is_dir() else str(model)

@@ -1,0 +1,85 @@
+"""docs/results.md from docs/results/*.json: no figure is written by hand."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from g4seg_pl.callbacks.run_record import write_text_atomically
+from g4seg_pl.lab.table import read_table
+
+ORDER = (
+    "claim",
+    "modules",
+    "sensitivity",
+    "refiners",
+    "signals",
+    "controls",
+    "groups",
+    "likelihood",
+    "words",
+    "open_vocabulary",
+    "costs",
+)
+HEAD = """# Results
+
+Every figure below was measured in the embedded world (procedural scenes and the small models in
+this repository) and written by `make lab`; nothing here is a result of Stable Diffusion on VOC,
+Context or COCO. Settings were chosen on validation scenes, figures are of test scenes. The paper's
+own figures, where they stand, are marked (P).
+"""
+
+
+def write_report(results: Path) -> Path:
+    """Write ``results.md`` beside the folder of tables and return its path.
+
+    Args:
+        results: the folder of ``<table>.json``; ``docs/results`` in the repository.
+    """
+    parts = [HEAD]
+    chosen = results / "chosen.json"
+    if chosen.is_file():
+        parts.append(chosen_text(json.loads(chosen.read_text(encoding="utf-8"))))
+    tables = {path.stem: path for path in sorted(results.glob("*.json")) if _is_table(path)}
+    names = [*(n for n in ORDER if n in tables), *(n for n in tables if n not in ORDER)]
+    parts += [read_table(tables[name]).markdown() for name in names]
+    if (results / "failures.png").is_file():
+        parts.append("### Failures\n\n![scenes that lost most](results/failures.png)\n")
+    target = results.with_suffix(".md")
+    write_text_atomically(target, "\n".join(parts))
+    return target
+
+
+def chosen_text(chosen: Mapping[str, Any]) -> str:
+    """The chosen settings as a table: gain on validation scenes and how many were tried."""
+    protocol = chosen["protocol"]
+    lines = [
+        "### Chosen settings",
+        "",
+        f"On {protocol['split']}; label thresholds: {protocol['threshold']}.",
+        "",
+        "| seeds | way | threshold | validation gain | tried | settings |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, found in chosen["kinds"].items():
+        seed = found["seed"]
+        lines.append(
+            f"| {kind} | seed | {seed['background']:g} | | | mIoU {seed['val_miou']:.2f} |"
+        )
+        for name, way in found["ways"].items():
+            value = way["background"]
+            threshold = "" if value is None else f"{value:g}"
+            told = "; ".join(_stage_text(stage) for stage in way["stages"])
+            gain, tried = f"{way['val_gain']:+.2f}", way["tried"]
+            lines.append(f"| {kind} | {name} | {threshold} | {gain} | {tried} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
+def _stage_text(stage: Mapping[str, Any]) -> str:
+    name = str(stage["class_path"]).rpartition(".")[2]
+    arguments = ", ".join(f"{key}={value}" for key, value in stage.get("init_args", {}).items())
+    return f"{name}({arguments})".replace("|", "/")
+
+
+def _is_table(path: Path) -> bool:
+    return "rows" in json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,281 @@
+"""Does the better mask explain the image better? The claim p(S|x) ∝ p(x|S), and its use."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+from g4seg_pl.callbacks.run_record import Json
+from g4seg_pl.core.likelihood import paired_losses
+from g4seg_pl.core.loss import DenoisingLoss
+from g4seg_pl.core.resize import masks_to_working
+from g4seg_pl.lab.chain import ChainRunner, labels_of, make_batch
+from g4seg_pl.lab.controls import true_masks
+from g4seg_pl.lab.laboratory import Lab
+from g4seg_pl.lab.runner import BATCH
+from g4seg_pl.lab.sources import SeedKind, mask_iou
+from g4seg_pl.lab.stages import Batch, Masks, Way
+from g4seg_pl.lab.table import Cell, Table
+from g4seg_pl.lab.tables.groups import clustered_mean
+from g4seg_pl.lab.tables.refinement import SIGNALS, TIMESTEPS, named
+from g4seg_pl.world.degrade import Fault, degrade
+
+Floats = NDArray[np.float64]
+SPOILT: tuple[Fault, ...] = ("dilate", "erode", "shift", "low_resolution")
+BINS = ((0.0, 0.05), (0.05, 0.1), (0.1, 0.2), (0.2, 1.01))
+# Hard masks of a batch by name, each (m, H, W) at native size.
+Candidates = Callable[[Batch, ChainRunner], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Denoising losses and IoUs of candidate masks.
+
+    Attributes:
+        names: of the candidates.
+        losses: ``(k, m, t, d)``: candidate, mask, timestep, draw of noise.
+        ious: ``(k, m)``, with the true mask of the class.
+        image: ``(m,)``, index of each mask's image.
+    """
+
+    names: tuple[str, ...]
+    losses: Floats
+    ious: Floats
+    image: NDArray[np.int64]
+
+    def logarithms(self) -> Floats:
+        """Mean over timesteps and draws of log L, ``(k, m)``."""
+        found: Floats = np.log(self.losses).mean(axis=(2, 3))
+        return found
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How losses are measured.
+
+    Attributes:
+        timesteps: each met by every draw.
+        draws: of noise.
+        injection_weight: w of Eq. 5.
+    """
+
+    timesteps: tuple[int, ...] = TIMESTEPS
+    draws: int = 2
+    injection_weight: float = 20.0
+
+    def describe(self) -> Json:
+        """In terms JSON can hold."""
+        return [list(self.timesteps), self.draws, self.injection_weight]
+
+
+def explain(
+    lab: Lab, kind: SeedKind, name: Json, candidates: Candidates, how: Measurement
+) -> Explained:
+    """Measure candidates on the lab's test scenes, a batch at a time, kept on disk.
+
+    Args:
+        lab: models and store.
+        kind: of seeds.
+        name: what the candidates are, for the store.
+        candidates: makes them for a batch.
+        how: timesteps, draws and weight.
+    """
+    source, rule = lab.source(kind), lab.background(kind)
+    parts: list[Explained] = []
+    for start in range(0, len(source.ids), BATCH):
+        ids = source.ids[start : start + BATCH]
+        what = {
+            "candidates": name,
+            "how": how.describe(),
+            "source": source.describe(),
+            "background": rule.value,
+            "generator": lab.models.generator_identity,
+            "ids": list(ids),
+        }
+        saved = lab.store.load("explained", what)
+        if saved is None:
+            samples = source.samples(ids)
+            with torch.no_grad():
+                batch = make_batch(lab.models.refiner(), samples)
+                seeds = Masks(tuple(each.seed.scores for each in samples), rule)
+                found = candidates(batch, ChainRunner(batch, seeds))
+            saved = _measure(batch, found, how)
+            lab.store.save("explained", what, saved)
+        parts.append(
+            Explained(
+                tuple(str(each) for each in saved["names"]),
+                saved["losses"].astype(np.float64),
+                saved["ious"].astype(np.float64),
+                saved["image"].astype(np.int64) + start,
+            )
+        )
+    return Explained(
+        parts[0].names,
+        np.concatenate([part.losses for part in parts], axis=1),
+        np.concatenate([part.ious for part in parts], axis=1),
+        np.concatenate([part.image for part in parts]),
+    )
+
+
+def _measure(
+    batch: Batch, found: Mapping[str, Tensor], how: Measurement
+) -> dict[str, NDArray[np.generic]]:
+    context = batch.context
+    size = (context.images.shape[2], context.images.shape[3])
+    working = [masks_to_working(each, size).to(context.images.device) for each in found.values()]
+    loss = DenoisingLoss(how.injection_weight)
+    losses = paired_losses(working, context, how.timesteps, how.draws, loss=loss).losses
+    shape = (len(found), len(context.owner), len(how.timesteps), how.draws)
+    exact = torch.cat(true_masks(batch)).numpy() > 0.5
+    ious = [
+        [mask_iou(mask > 0.5, true) for mask, true in zip(each.numpy(), exact, strict=True)]
+        for each in found.values()
+    ]
+    return {
+        "names": np.asarray(list(found), dtype=np.str_),
+        "losses": losses.reshape(shape).cpu().numpy(),
+        "ious": np.asarray(ious),
+        "image": context.owner.cpu().numpy(),
+    }
+
+
+def hard_masks(batch: Batch, masks: Masks) -> Tensor:
+    """Return, for every class, where the label map says so, ``(m, H, W)``."""
+    labels = labels_of(masks, batch.samples)
+    pairs = zip(labels, batch.samples, strict=True)
+    parts = [
+        torch.stack([(label == each).float() for each in sample.seed.class_ids])
+        for label, sample in pairs
+    ]
+    return torch.cat(parts)
+
+
+def claim_candidates(batch: Batch, chains: ChainRunner) -> dict[str, Tensor]:
+    """The truth, the seed, the truth spoilt in four ways, nothing, and other masks' shapes."""
+    exact = torch.cat(true_masks(batch))
+    found = {"truth": exact, "seed": hard_masks(batch, chains.run(Way("seed")).masks)}
+    for fault in SPOILT:
+        spoilt = [degrade(mask.numpy() > 0.5, fault, row) for row, mask in enumerate(exact)]
+        found[f"truth, {fault}"] = (torch.from_numpy(np.stack(spoilt)) > 0.5).float()
+    found["empty"] = torch.zeros_like(exact)
+    found["shuffled"] = exact.roll(1, 0) if len(exact) > 1 else exact.flip(1, 2)
+    return found
+
+
+def claim(lab: Lab, how: Measurement | None = None) -> Table:
+    """Share of masks whose truth explains the image better than another mask, per t."""
+    how = how or Measurement()
+    rows: list[dict[str, Cell]] = []
+    for kind in lab.kinds:
+        found = explain(lab, kind, "claim", claim_candidates, how)
+        for other in range(1, len(found.names)):
+            if kind != lab.kinds[0] and found.names[other] != "seed":
+                continue  # what does not depend on the seed is measured once
+            differ = found.ious[other] < 1.0
+            for index, timestep in enumerate(how.timesteps):
+                logs = np.log(found.losses[:, :, index]).mean(axis=2)
+                change = (logs[other] - logs[0])[differ]
+                rows.append(_claim_row(lab, kind, found, other, timestep, change, differ))
+    note = (
+        "`share` is how often the true mask has the lower loss of ε under the same noise; "
+        "`loss saved` is the mean of log L(other) - log L(truth), in percent."
+    )
+    title = "The core claim: the better mask reconstructs better"
+    protocol = dict(lab.protocol(*lab.kinds)) | {"injection weight": how.injection_weight}
+    return Table("claim", title, tuple(rows), protocol, (note,), ("loss saved",))
+
+
+def _claim_row(
+    lab: Lab,
+    kind: SeedKind,
+    found: Explained,
+    other: int,
+    timestep: int,
+    change: Floats,
+    differ: NDArray[np.bool_],
+) -> dict[str, Cell]:
+    image, total = found.image[differ], lab.images
+    share, share_se = clustered_mean(np.where(change > 0, 100.0, 0.0), image, total, lab.resamples)
+    saved, saved_se = clustered_mean(100 * change, image, total, lab.resamples)
+    return {
+        "truth against": f"{found.names[other]} ({kind})" if other == 1 else found.names[other],
+        "t": timestep,
+        "masks": len(change),
+        "share %": share,
+        "share %_se": share_se,
+        "loss saved %": saved,
+        "loss saved %_se": saved_se,
+    }
+
+
+def likelihood(lab: Lab, how: Measurement | None = None) -> Table:
+    """How often likelihood picks the better of two, what choosing by it gains, rank correlation."""
+    how = how or Measurement(timesteps=(300, 500))
+    rows: list[dict[str, Cell]] = []
+    for kind in lab.kinds:
+        ways = named(lab, kind, (*SIGNALS, "feature-nn", "best", "dcrf"))
+        name = [[way.name, way.describe()] for way in ways]
+
+        def candidates(
+            batch: Batch, chains: ChainRunner, ways: Sequence[Way] = ways
+        ) -> dict[str, Tensor]:
+            every = [Way("seed"), *ways]
+            found = {way.name: hard_masks(batch, chains.run(way).masks) for way in every}
+            return found | {"empty": torch.zeros_like(found["seed"])}
+
+        found = explain(lab, kind, name, candidates, how)
+        rows += _pair_rows(kind, found)
+        rows += _choice_rows(lab, kind, found)
+    title = "Likelihood: picking the better of two masks, choosing among ways, predicting IoU"
+    note = (
+        "Pairs are any two ways' masks of one class of one image; `right` is how often the mask "
+        "with the lower loss has the higher IoU. `rank correlation` is Spearman's, of how much "
+        "better than an empty mask the seed explains its image, with the seed's IoU."
+    )
+    return Table("likelihood", title, tuple(rows), lab.protocol(*lab.kinds), (note,))
+
+
+def _pair_rows(kind: SeedKind, found: Explained) -> list[dict[str, Cell]]:
+    logs, real = found.logarithms(), len(found.names) - 1
+    rights: dict[tuple[float, float], list[bool]] = {each: [] for each in BINS}
+    for first, second in combinations(range(real), 2):
+        gap = found.ious[first] - found.ious[second]
+        right = (gap > 0) == (logs[first] < logs[second])
+        for low, high in BINS:
+            inside = (np.abs(gap) >= low) & (np.abs(gap) < high) & (gap != 0)
+            rights[(low, high)] += right[inside].tolist()
+    return [
+        {
+            "seeds": kind,
+            "what": f"right, IoU apart by {100 * low:.0f}-{min(100.0, 100 * high):.0f}",
+            "n": len(each),
+            "value": 100 * float(np.mean(each)) if each else None,
+        }
+        for (low, high), each in rights.items()
+    ]
+
+
+def _choice_rows(lab: Lab, kind: SeedKind, found: Explained) -> list[dict[str, Cell]]:
+    logs, real = found.logarithms(), len(found.names) - 1
+    ious = 100 * found.ious[:real]
+    every = np.arange(ious.shape[1])
+    chosen = ious[logs[:real].argmin(axis=0), every]
+    rows: list[dict[str, Cell]] = []
+    named_ious = [*zip(found.names[:real], ious, strict=True), ("chosen by likelihood", chosen)]
+    named_ious.append(("chosen by truth (oracle)", ious.max(axis=0)))
+    for name, values in named_ious:
+        value, error = clustered_mean(values - ious[0], found.image, lab.images, lab.resamples)
+        row: dict[str, Cell] = {"seeds": kind, "what": f"mean IoU gain: {name}", "n": len(values)}
+        rows.append(row | {"value": value, "value_se": error})
+    saved = logs[-1] - logs[0]
+    if np.ptp(found.ious[0]) > 0 and np.ptp(saved) > 0:
+        correlation = float(stats.spearmanr(saved, found.ious[0]).statistic)
+        rows.append(
+            {"seeds": kind, "what": "rank correlation", "n": len(saved), "value": correlation}
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""Training a segmentation network on refined masks: networks, losses, augmentation, test."""

@@ -1,0 +1,108 @@
+"""From a refiner's foreground maps to one distribution over labels at each pixel.
+
+The label file is the refiner's decision by a background rule; the distribution is made so that its
+most probable label is that decision, whichever of the rules made it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
+from g4seg_pl.types import ConfigurationError
+
+SMALLEST = 1e-6
+RULES: dict[str, type[PowerBackground | Threshold]] = {
+    f"{rule.__module__}.{rule.__qualname__}": rule for rule in (PowerBackground, Threshold)
+}
+
+
+@dataclass(frozen=True)
+class SoftReading:
+    """How the foreground maps of a folder are to be understood.
+
+    Attributes:
+        marginals: they are a distribution less its background (a dense CRF's or a softmax's), so
+            the background is what is missing to 1; otherwise each map is a probability of its own.
+        background: the rule by which the labels were made; used where maps are not marginals.
+    """
+
+    marginals: bool = False
+    background: BackgroundRule = field(default_factory=Threshold)
+
+
+def reading_of(record: dict[str, Any]) -> SoftReading:
+    """Find out from a folder's run.json how its soft maps are to be understood.
+
+    Args:
+        record: the content of run.json.
+
+    Raises:
+        ConfigurationError: the background rule is not one of ours, or is not recorded.
+    """
+    config = record.get("config", {})
+    changed_by = [str(entry.get("class_path", "")) for entry in config.get("changed_by", [])]
+    arguments = config.get("model", {}).get("init_args", {})
+    if any(name.endswith(".DenseCRF") for name in changed_by) or arguments.get("marginals"):
+        return SoftReading(marginals=True)
+    rule = arguments.get("background") or {}
+    path = rule.get("class_path", "")
+    if path not in RULES:
+        msg = (
+            f"soft: run.json names no background rule that is known here (got {path or 'none'}): "
+            "soft maps cannot be read without it, so set data.soft to false"
+        )
+        raise ConfigurationError(msg)
+    return SoftReading(background=RULES[path](**rule.get("init_args", {})))
+
+
+def class_distribution(foreground: Tensor, reading: SoftReading) -> Tensor:
+    """Return the probability of background and classes at each pixel.
+
+    Args:
+        foreground: ``(K, H, W)`` in [0, 1].
+        reading: how the maps are to be understood.
+
+    Returns:
+        float32 ``(K + 1, H, W)``, background first, summing to 1.
+    """
+    foreground = foreground.float()
+    if not len(foreground):
+        return torch.ones(1, *foreground.shape[1:])
+    if reading.marginals:
+        background = (1 - foreground.sum(0)).clamp(min=0)
+    elif isinstance(reading.background, Threshold):
+        foreground = _against(foreground, reading.background.value)
+        background = 1 - foreground.amax(0)
+    else:
+        background = reading.background(foreground)
+    scores = torch.cat([background[None], foreground])
+    return scores / scores.sum(0).clamp(min=SMALLEST)
+
+
+def place_classes(distribution: Tensor, class_ids: tuple[int, ...], num_labels: int) -> Tensor:
+    """Put the probabilities of an image's classes among those of all labels.
+
+    Args:
+        distribution: ``(K + 1, H, W)``, background first.
+        class_ids: label values of the K classes.
+        num_labels: number of labels, background included.
+
+    Returns:
+        ``(num_labels, H, W)``, zero for absent classes.
+    """
+    full = distribution.new_zeros(num_labels, *distribution.shape[1:])
+    full[[0, *class_ids]] = distribution
+    return full
+
+
+def _against(foreground: Tensor, threshold: float) -> Tensor:
+    """Shift probabilities by their odds, so that the threshold falls on one half.
+
+    p' = p (1 - t) / (p (1 - t) + (1 - p) t); with t = 1/2 nothing changes.
+    """
+    limit = min(max(threshold, SMALLEST), 1 - SMALLEST)
+    present = foreground * (1 - limit)
+    return present / (present + (1 - foreground) * limit)

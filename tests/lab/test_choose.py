@@ -1,0 +1,89 @@
+"""Choosing: on validation scenes alone, the best of what was tried, written for the tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from g4seg_pl.core.background import Threshold
+from g4seg_pl.evaluation.confusion import mean_iou
+from g4seg_pl.lab.choose import GRID, Chooser, best_threshold, choose, with_values
+from g4seg_pl.lab.laboratory import Lab
+from g4seg_pl.lab.report import write_report
+from g4seg_pl.lab.scores import THRESHOLDS
+from g4seg_pl.lab.stages import Way, build_stages
+from g4seg_pl.types import ConfigurationError
+
+BLUR = {"class_path": "g4seg_pl.core.steps.Blur", "init_args": {"sigma": 2.0}}
+
+
+def test_test_scenes_cannot_be_chosen_on(lab: Lab) -> None:
+    with pytest.raises(ConfigurationError, match="val alone"):
+        Chooser(lab, lab.source("degraded", "test", 2))
+
+
+def test_the_best_of_the_tried_is_chosen(lab: Lab) -> None:
+    found = lab.chosen["kinds"]["degraded"]["ways"]["blur"]
+    chooser = Chooser(lab, lab.source("degraded", "val", 6, 0))
+    settings = [with_values([BLUR], {"0.sigma": value}) for value in (0.0, 1.0)]
+    tried = chooser.try_all(settings, lab.background("degraded").value)
+    assert found["val_miou"] == pytest.approx(max(each.miou for each in tried), abs=1e-3)
+    assert found["tried"] == 2
+
+
+def test_the_curve_is_what_the_thresholds_give(lab: Lab) -> None:
+    source = lab.source("degraded", "val", 6, 0)
+    curve = lab.runner().run([Way("seed")], source, Threshold(0.5), curve=True)["seed"]
+    value, miou = best_threshold(curve)
+    plain = {
+        each: lab.runner().run([Way("seed")], source, Threshold(each))["seed"][0]
+        for each in (value, THRESHOLDS[3])
+    }
+    assert miou == pytest.approx(100 * mean_iou(plain[value].counts))
+    np.testing.assert_array_equal(curve[0].curve[:, 3], plain[THRESHOLDS[3]].counts)
+    assert lab.background("degraded").value == value
+
+
+def test_chains_are_put_together_from_chosen_parts(lab: Lab) -> None:
+    way = lab.way("degraded", "blur+g4seg")
+    parts = [*lab.way("degraded", "blur").stages, *lab.way("degraded", "g4seg").stages]
+    assert list(way.stages) == parts
+    assert lab.way("degraded_0_40", "g4seg").stages == lab.way("degraded", "g4seg").stages
+    assert not lab.has("degraded", "blur+nothing")
+    with pytest.raises(ConfigurationError, match="nothing"):
+        lab.way("degraded", "blur+nothing")
+
+
+def test_choosing_one_way_anew_keeps_the_others(lab: Lab, grid_file: Path) -> None:
+    before = json.loads(lab.chosen_file.read_text())
+    choose(lab, grid_file, kinds=["degraded"], only=["blur"])
+    assert json.loads(lab.chosen_file.read_text()) == before
+
+
+@pytest.mark.parametrize("axis", ["sigma", "1.sigma", "x.sigma", "0."])
+def test_an_axis_that_leads_nowhere_is_named(axis: str) -> None:
+    with pytest.raises(ConfigurationError, match="axis"):
+        with_values([BLUR], {axis: 1})
+
+
+def test_the_repositorys_grid_can_be_built() -> None:
+    import yaml
+
+    ways = yaml.safe_load(GRID.read_text())["ways"]
+    starts: dict[str, list[Any]] = {}
+    for name, plan in ways.items():
+        parts = plan.get("base", name).split("+")
+        starts[name] = plan.get("stages") or [stage for part in parts for stage in starts[part]]
+        start = starts[name]
+        build_stages(start, {"clip": "folder"})
+        for axis, values in (plan.get("axes") or {}).items():
+            for value in values:
+                build_stages(with_values(start, {axis: value}), {"clip": "folder"})
+
+
+def test_the_report_is_written_from_files(lab: Lab) -> None:
+    text = write_report(lab.results).read_text()
+    assert "g4seg" in text
+    assert "Settings were chosen on validation scenes" in text

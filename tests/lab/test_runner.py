@@ -1,0 +1,186 @@
+"""Book-keeping: nothing twice, keys that change with settings, common parts shared, pairs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_stable_diffusion
+
+from g4seg_pl.core.affinity import Affinity
+from g4seg_pl.core.background import PowerBackground, Threshold, compose_label
+from g4seg_pl.core.likelihood import ChooseByLikelihood
+from g4seg_pl.core.steps import Blur, Correspondence
+from g4seg_pl.evaluation.bootstrap import paired_gain
+from g4seg_pl.evaluation.confusion import confusion_matrix, mean_iou
+from g4seg_pl.lab.cache import Store, key_of
+from g4seg_pl.lab.laboratory import Lab
+from g4seg_pl.lab.models import Models
+from g4seg_pl.lab.runner import Runner
+from g4seg_pl.lab.scores import gain_of, line
+from g4seg_pl.lab.sources import BANDS, SceneSource, mask_iou
+from g4seg_pl.lab.stages import DenseCRF, LabelFiles, Masks, Way, at_threshold, build_stage
+from g4seg_pl.types import ConfigurationError
+
+RULE = Threshold(0.5)
+WAYS = [
+    Way("blur", (Blur(1.0),)),
+    Way("g4seg", (Correspondence(confidence_range=None),)),
+    Way("both", (Blur(1.0), Correspondence(confidence_range=None))),
+]
+
+
+@pytest.fixture
+def runner(models: Models, tmp_path: Path) -> Runner:
+    return Runner(models, Store(tmp_path))
+
+
+def scenes(runner: Runner, count: int = 4, **options: object) -> SceneSource:
+    return SceneSource(runner.models, runner.store, "degraded", "val", count, **options)
+
+
+def test_resume_computes_nothing_twice(runner: Runner) -> None:
+    first = runner.run(WAYS, scenes(runner), RULE, (0, 1))
+    # Three ways, four scenes, two seeds; blur draws no noise and runs once.
+    assert runner.computed == 4 * (1 + 2 + 2)
+    again = runner.run(WAYS, scenes(runner), RULE, (0, 1))
+    assert runner.computed == 20
+    fresh = Runner(runner.models, runner.store)
+    loaded = fresh.run(WAYS, scenes(fresh), RULE, (0, 1))
+    assert fresh.computed == 0
+    for name, runs in first.items():
+        for one, two, three in zip(runs, again[name], loaded[name], strict=True):
+            np.testing.assert_array_equal(one.counts, two.counts)
+            np.testing.assert_array_equal(one.counts, three.counts)
+
+
+def test_more_scenes_compute_only_the_new_batch(runner: Runner) -> None:
+    small = runner.run(WAYS[:1], scenes(runner, 16), RULE)["blur"][0]
+    before = runner.computed
+    large = runner.run(WAYS[:1], scenes(runner, 20), RULE)["blur"][0]
+    assert runner.computed - before == 4
+    np.testing.assert_array_equal(large.counts[:16], small.counts)
+    fewer = runner.run(WAYS[:1], scenes(runner, 3), RULE)["blur"][0]
+    assert fewer.ids == small.ids[:3]
+
+
+def test_any_setting_or_weight_changes_the_key(runner: Runner, tmp_path: Path) -> None:
+    source, way = scenes(runner), WAYS[1]
+    plain = key_of(runner.description(way, source, RULE, 0))
+    step = replace(way.stages[0], timestep=399)
+    others = [
+        runner.description(replace(way, stages=(step,)), source, RULE, 0),
+        runner.description(replace(way, background=0.4), source, RULE, 0),
+        runner.description(way, source, Threshold(0.4), 0),
+        runner.description(way, source, RULE, 1),
+        runner.description(way, scenes(runner, max_objects=1), RULE, 0),
+        runner.description(way, SceneSource(runner.models, runner.store, "clip_es"), RULE, 0),
+    ]
+    other = Models(write_stable_diffusion(tmp_path / "other", version=2), runner.models.clip)
+    others.append(Runner(other, runner.store).description(way, source, RULE, 0))
+    keys = {plain, *(key_of(each) for each in others)}
+    assert len(keys) == 1 + len(others)
+    assert key_of(runner.description(replace(way, name="renamed"), source, RULE, 0)) == plain
+
+
+def test_a_chain_equals_its_stages_run_by_the_refiner(runner: Runner) -> None:
+    source = scenes(runner, 3)
+    found = runner.run(WAYS, source, RULE, (5,))["both"][0]
+    refiner = runner.models.refiner().with_steps(WAYS[2].stages)
+    refiner.seed = 5
+    samples = source.samples(source.ids)
+    with torch.no_grad():
+        refined = refiner.refine_samples(samples)
+    for index, (sample, soft) in enumerate(zip(samples, refined, strict=True)):
+        label = compose_label(soft, sample.seed.class_ids, RULE).numpy()
+        wanted = confusion_matrix(label, sample.truth.numpy(), source.num_classes)
+        np.testing.assert_array_equal(found.counts[index], wanted)
+
+
+def test_gains_are_paired_and_noise_seeds_no_further_images(runner: Runner) -> None:
+    found = runner.run([Way("seed"), *WAYS], scenes(runner), RULE, (0, 1))
+    before, after = found["seed"], found["g4seg"]
+    summed = np.sum([run.counts for run in after], axis=0)
+    wanted = paired_gain(before[0].counts * 2, summed, 50)
+    assert gain_of(before, after, 50) == wanted
+    row = line("g4seg", before, after, 50)
+    assert row.gain == pytest.approx(100 * wanted.value)
+    assert row.miou == pytest.approx(100 * mean_iou(summed))
+    assert line("seed", before, before, 50).gain_se == 0
+    with pytest.raises(ValueError, match="same images"):
+        gain_of([before[0].select(before[0].ids[:2])], after, 10)
+
+
+def test_crf_and_files_decide_their_own_labels(runner: Runner, tmp_path: Path) -> None:
+    pytest.importorskip("pydensecrf")
+    from PIL import Image
+
+    source = scenes(runner, 3)
+    for sample in source.samples(source.ids):
+        Image.fromarray(sample.truth.numpy()).save(tmp_path / f"{sample.image_id}.png")
+    ways = [
+        Way("dcrf", (DenseCRF(scale=0.13),)),
+        Way("chain", (DenseCRF(scale=0.13), Blur(0.5)), 0.3),
+        Way("files", (Blur(), LabelFiles(str(tmp_path)))),
+    ]
+    found = runner.run([Way("seed"), *ways], source, RULE)
+    assert mean_iou(found["files"][0].counts) == 1
+    assert (found["dcrf"][0].counts != found["seed"][0].counts).any()
+    with pytest.raises(ConfigurationError, match="label file"):
+        runner.run([Way("none", (LabelFiles(str(tmp_path / "no")),))], source, RULE)
+
+
+@pytest.mark.parametrize("kind", BANDS)
+def test_bands_hold_what_they_say(kind: str, runner: Runner) -> None:
+    source = SceneSource(runner.models, runner.store, kind, "val", 12)
+    samples = source.samples(source.ids)
+    low, high = BANDS[kind]
+    ious = [
+        mask_iou(soft.numpy() > 0.5, (sample.truth == label).numpy())
+        for sample in samples
+        for label, soft in zip(sample.seed.class_ids, sample.seed.scores, strict=True)
+    ]
+    # Half precision may move a pixel that lies at 0.5 exactly.
+    inside = [low - 0.05 <= iou <= high + 0.05 for iou in ious]
+    assert np.mean(inside) >= 0.75
+    again = SceneSource(runner.models, Store(runner.store.root / "x"), kind, "val", 12)
+    for one, two in zip(samples, again.samples(source.ids), strict=True):
+        assert torch.equal(one.seed.scores, two.seed.scores)
+
+
+@pytest.mark.parametrize("kind", ["gradcam", "clip_es", "cross_attention"])
+def test_model_seeds_are_made_once(kind: str, lab: Lab, tmp_path: Path) -> None:
+    source = SceneSource(lab.models, Store(tmp_path), kind, "val", 2)
+    made = source.samples(source.ids)
+    kept = SceneSource(lab.models, Store(tmp_path), kind, "val", 2)
+    read = kept.samples(kept.ids)
+    assert kept._maker is None
+    for one, two in zip(made, read, strict=True):
+        assert torch.equal(one.seed.scores, two.seed.scores)
+        assert one.seed.scores.max() <= 1
+
+
+def test_steps_are_told_the_threshold() -> None:
+    step = ChooseByLikelihood([[Affinity(), Correspondence(binarise_at=None)]])
+    told = at_threshold(step, 0.3)
+    assert told.binarise_at == 0.3
+    assert told.candidates[0][0].threshold == 0.3
+    assert told.candidates[0][1].binarise_at is None
+    assert Masks((), PowerBackground(1.0)).threshold == pytest.approx(0.5)
+    assert Masks((), PowerBackground(2.0)).threshold == pytest.approx((3 - 5**0.5) / 2)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"class_path": "g4seg_pl.core.steps.Nothing"},
+        {"class_path": "g4seg_pl.core.steps.Blur", "init_args": {"sigma": -1}},
+        {"class_path": "g4seg_pl.core.steps.Blur", "init_args": {"width": 1}},
+        {"class_path": "Blur"},
+        {},
+    ],
+)
+def test_a_stage_that_cannot_be_made_is_named(written: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be made"):
+        build_stage(written)

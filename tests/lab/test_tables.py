@@ -1,0 +1,164 @@
+"""A twelve-scene slice of every table of the laboratory, of `compare` and of the paper."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_voc import write_voc
+
+from g4seg_pl.lab import __main__ as command
+from g4seg_pl.lab import compare, paper
+from g4seg_pl.lab.laboratory import Lab
+from g4seg_pl.lab.pictures import failures
+from g4seg_pl.lab.scores import Scores
+from g4seg_pl.lab.table import Table, read_table
+from g4seg_pl.lab.tables import refinement
+from g4seg_pl.lab.tables.explanation import Measurement, claim, likelihood
+from g4seg_pl.lab.tables.groups import clustered_mean, per_mask
+from g4seg_pl.types import ConfigurationError
+
+PLAIN = ["modules", "sensitivity", "groups", "refiners", "signals", "controls", "costs", "words"]
+PAPER = sorted(path.stem for path in paper.CONFIGS.glob("*-*.yaml"))
+
+
+def check(table: Table, folder: Path) -> None:
+    table.write(folder)
+    again = read_table(folder / f"{table.name}.json")
+    assert again.markdown() == table.markdown()
+    assert table.rows
+    for row in table.rows:
+        assert all(not isinstance(value, float) or np.isfinite(value) for value in row.values())
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_table_runs_and_resumes(
+    name: str, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = {axis: values[1:2] for axis, values in refinement.AXES.items()}
+    monkeypatch.setattr(refinement, "AXES", axes)
+    table = command.TABLES[name](lab)
+    check(table, tmp_path)
+    if name == "costs":
+        return
+    before = lab.runner().computed
+    assert command.TABLES[name](lab).rows == table.rows
+    assert lab.runner().computed == before
+    ways = {str(row.get("way")) for row in table.rows}
+    if name not in ("words",):
+        assert any("feature-nn" in way or "self" in way for way in ways), "no control"
+
+
+def test_open_vocabulary_table(lab: Lab, tmp_path: Path) -> None:
+    check(command.TABLES["open_vocabulary"](lab), tmp_path)
+
+
+def test_claim_and_likelihood(lab: Lab, tmp_path: Path) -> None:
+    how = Measurement(timesteps=(400,), draws=1)
+    table = claim(lab, how)
+    check(table, tmp_path)
+    others = [row["truth against"] for row in table.rows]
+    assert others[0] == "seed (degraded)"
+    assert {"empty", "shuffled"} < set(others)
+    assert all(0 <= row["share %"] <= 100 for row in table.rows)
+    assert claim(lab, how).rows == table.rows
+    chosen = likelihood(lab, how)
+    check(chosen, tmp_path)
+    gains = {row["what"]: row["value"] for row in chosen.rows if "mean IoU gain" in row["what"]}
+    oracle = gains.pop("mean IoU gain: chosen by truth (oracle)")
+    assert oracle >= max(gains.values())
+
+
+def test_failures_are_drawn(lab: Lab, tmp_path: Path) -> None:
+    assert failures(lab, tmp_path, count=2).is_file()
+
+
+def test_masks_are_taken_apart_from_confusion_matrices() -> None:
+    # Class 1: 10 pixels, 6 found, 2 of the background taken too.
+    before = np.array([[[88, 2], [4, 6]]])
+    after = np.array([[[89, 1], [1, 9]]])
+    empty = np.zeros((1, 0, 2, 2), int)
+    bands, ones = np.zeros((1, 2, 2), int), np.ones(1, int)
+
+    def scores(counts: Any) -> Scores:
+        return Scores(("a",), counts, bands, empty, empty, ones, ones.astype(float))
+
+    found = per_mask(scores(before), scores(after))
+    assert found.before.tolist() == [0.5]
+    assert found.after.tolist() == [9 / 11]
+    assert found.size.tolist() == [0.1]
+    assert found.excess.tolist() == pytest.approx([-0.2])
+    mean, error = clustered_mean(np.array([1.0, 1.0, 1.0]), np.array([0, 0, 1]), 3, 50)
+    assert (mean, error) == (1.0, 0.0)
+
+
+def test_command_line_reports(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["modules", "report", "--images", "12", "--noise-seeds", "2", "--quiet"]
+    words += ["--generator", str(lab.models.generator), "--clip", str(lab.models.clip)]
+    words += ["--store", str(lab.store.root), "--results", str(lab.results)]
+    assert command.main([*words, "--kinds", "degraded", "--resamples", "20"]) == 0
+    assert "EMI + SCA" in capsys.readouterr().out
+    assert "Modules of the paper" in lab.results.with_suffix(".md").read_text()
+    assert command.main([*words, "--results", "nowhere"]) == 1
+    assert "choose" in capsys.readouterr().err
+
+
+def places(lab: Lab, folder: Path) -> dict[str, Any]:
+    return {"clip": lab.models.clip, "chosen": lab.chosen_file, "resamples": 20} | {
+        "store": lab.store.root,
+        "out": folder / "out",
+        "noise_seeds": 2,
+    }
+
+
+def test_compare_in_the_world(lab: Lab, tmp_path: Path) -> None:
+    model = str(lab.models.generator)
+    options = places(lab, tmp_path) | {"model": model, "kind": "degraded", "images": 12}
+    assert compare.compare("g4seg,blur,blur+g4seg", **options) == 0
+    table = read_table(tmp_path / "out" / "compare.json")
+    assert [row["way"] for row in table.rows] == ["seed", "g4seg", "blur", "blur+g4seg"]
+    assert all(row["s/mask"] > 0 for row in table.rows)
+    with pytest.raises(ConfigurationError, match="nothing"):
+        compare.compare("nothing", **options)
+
+
+def test_compare_on_a_data_module(lab: Lab, tmp_path: Path) -> None:
+    from datamodules import VOCDataModule
+
+    write_voc(tmp_path)
+    data = VOCDataModule(tmp_path, tmp_path / "cam_out", num_workers=0)
+    options = places(lab, tmp_path) | {"model": str(lab.models.generator), "data": data}
+    assert compare.compare("g4seg,blur,g4seg+blur", **options) == 0
+    table = read_table(tmp_path / "out" / "compare.json")
+    assert table.protocol["split"] == "train"
+    assert [row["way"] for row in table.rows] == ["seed", "g4seg", "blur", "g4seg+blur"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_table_of_the_paper_runs_in_the_world(name: str, lab: Lab, tmp_path: Path) -> None:
+    options = places(lab, tmp_path) | {"noise_seeds": 1, "images": 4, "quiet": True}
+    model = paper.Model(str(lab.models.generator))
+    assert paper.paper(name, world=True, model=model, **options) == 0
+    table = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert "embedded world" in table["notes"][0]
+    assert any(row.get("(P)") is not None for row in table["rows"])
+    assert any(row.get("gain") is not None for row in table["rows"])
+
+
+def test_a_table_of_the_paper_runs_on_data(lab: Lab, tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    words = ["table-3", "--data.root", str(tmp_path), "--data.seeds", str(tmp_path / "cam_out")]
+    words += ["--model.model", str(lab.models.generator), "--out", str(tmp_path / "out")]
+    words += ["--store", str(tmp_path / "store"), "--noise_seeds", "1", "--resamples", "20"]
+    assert paper.main(words) == 0
+    table = json.loads((tmp_path / "out" / "table-3.json").read_text())
+    assert table["notes"][0] == paper.ON_DATA
+    assert {row["way"]: row["(P)"] for row in table["rows"]}["EMI-SCA"] == 71.7
+
+
+def test_the_paper_command_needs_a_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--world"):
+        paper.paper("table-1")
+    with pytest.raises(ConfigurationError, match="table-11"):
+        paper.paper("table-10", world=True)

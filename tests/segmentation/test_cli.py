@@ -1,0 +1,184 @@
+"""The command line: every configuration trains, scores and predicts; a killed run goes on."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from fake_voc import IDS
+from PIL import Image
+from segmentation.test_networks import TINY_SEGFORMER
+from segmentation.trees import label_file, write_tree
+
+from g4seg_pl.segmentation.cli import main, run
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "configs" / "train"
+FRAGMENTS = ("ema", "early_stop", "confident", "crf")
+WHOLE = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in FRAGMENTS)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*weights_only"),
+    pytest.mark.filterwarnings("ignore:.*Precision bf16-mixed is not supported by the model"),
+]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_tree(tmp_path)
+    voc = tmp_path / "VOCdevkit/VOC2012"
+    lists = voc / "ImageSets/Segmentation"
+    for name in ("train_aug", "test"):
+        shutil.copy(lists / "train.txt", lists / f"{name}.txt")
+    shutil.copytree(voc / "SegmentationClass", voc / "SegmentationClassAug")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_coco(root: Path) -> None:
+    """The same pictures and masks in COCO's layout."""
+    voc = root / "VOCdevkit/VOC2012"
+    for split in ("train2014", "val2014"):
+        shutil.copytree(voc / "JPEGImages", root / "COCO2014/JPEGImages" / split)
+        shutil.copytree(voc / "SegmentationClass", root / "COCO2014/SegmentationClass" / split)
+
+
+def words(root: Path, config: str) -> list[str]:
+    """What makes a configuration fit three small pictures and random weights."""
+    found = ["-c", str(CONFIGS / f"{config}.yaml"), "--data.labels", "refined"]
+    found += ["--data.augmentation.crop_size", "48", "--data.batch_size", "2"]
+    found += ["--data.num_workers", "0", "--data.val_batch_size", "1", "--trainer.accelerator"]
+    found += ["cpu", "--trainer.enable_progress_bar", "false", "--run", "run"]
+    found += ["--trainer.enable_model_summary", "false"]
+    if config.startswith("coco"):
+        write_coco(root)
+    if config == "scenes_small":
+        found += ["--data.images.root", "VOCdevkit/VOC2012", "--data.images.class_names", "voc"]
+        return [*found, "--model.network.num_labels", "21", "--model.network.width", "4"]
+    if "segformer" in config:
+        encoder = transformers.SegformerModel(transformers.SegformerConfig(**TINY_SEGFORMER))
+        encoder.save_pretrained(root / "mit")
+        return [*found, "--model.network.model", "mit"]
+    found += ["--model.network.depth", "resnet50", "--model.network.weights", "random"]
+    return found
+
+
+@pytest.mark.parametrize("config", WHOLE)
+def test_two_steps_of_every_configuration(root: Path, config: str) -> None:
+    two = ["--trainer.max_steps", "2", "--trainer.check_val_every_n_epoch", "2"]
+    # Checkpoints of the large networks are not written: that would take longer than the rest.
+    bare = ["--trainer.logger", "false", "--best.save_top_k", "0", "--last.save_top_k", "0"]
+    cli = run(["fit", *words(root, config), *two, *bare])
+    assert cli.trainer.global_step == 2
+    assert 0 <= cli.trainer.callback_metrics["val/miou"] <= 100
+    assert np.isfinite(float(cli.trainer.callback_metrics["train/loss"]))
+
+
+@pytest.mark.parametrize("config", WHOLE)
+def test_dry_run_of_every_configuration(root: Path, config: str) -> None:
+    assert main(["fit", *words(root, config), "--trainer.fast_dev_run", "true"]) == 0
+    assert not (root / "run").exists()
+
+
+def test_a_run_from_training_to_the_test_server(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = words(root, "scenes_small")
+    layers = [
+        word
+        for name in ("ema", "early_stop", "confident", "crf")
+        for word in ("-c", str(CONFIGS / f"{name}.yaml"))
+    ]
+    fit = [*base, *layers, "--trainer.max_steps", "2", "--trainer.check_val_every_n_epoch", "1"]
+    assert main(["fit", *fit]) == 0
+    assert (root / "run/best.ckpt").is_file()
+    logs = next((root / "run").rglob("config.yaml"))
+    assert "EMAWeightAveraging" in logs.read_text()
+    assert "EarlyStopping" in logs.read_text()
+    assert main(["validate", *base]) == 0
+    assert "val/miou" in capsys.readouterr().out
+    assert main(["test", *base, "-c", str(CONFIGS / "crf.yaml")]) == 0
+    assert "test/miou" in capsys.readouterr().out
+    server = ["--trainer.callbacks", "g4seg_pl.segmentation.voc_server.VOCServerWriter"]
+    server += ["--trainer.callbacks.out", "server"]
+    assert main(["predict", *base, "--out", "predicted", *server]) == 0
+    folder = root / "server/results/VOC2012/Segmentation/comp6_test_cls"
+    for image_id in IDS:
+        written = label_file(root / "predicted/masks" / f"{image_id}.png")
+        assert np.array_equal(label_file(folder / f"{image_id}.png"), written)
+
+
+def test_a_picture_of_a_batch(root: Path) -> None:
+    base = words(root, "scenes_small")
+    assert main(["show", *base, "--picture", "seen/batch.png"]) == 0
+    # Two pictures of 48 by 48, each with its mask.
+    with Image.open(root / "seen/batch.png") as picture:
+        assert picture.size == (4 * 48 + 2, 48)
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "said"),
+    [
+        ("fit", ["--data.labels", "nowhere"], "nowhere"),
+        ("fit", ["--data.images.split", "holdout"], "holdout"),
+        ("fit", ["--model.loss", "g4seg_pl.segmentation.losses.SoftCrossEntropy"], "data.soft"),
+        ("fit", ["--no.such", "1"], "no.such"),
+        ("fit", ["--data.augmentation.flip", "3"], "flip"),
+        ("test", [], "run/best.ckpt"),
+    ],
+)
+def test_errors_are_one_message(
+    root: Path, capsys: pytest.CaptureFixture[str], command: str, more: list[str], said: str
+) -> None:
+    arguments = [*words(root, "scenes_small"), "--trainer.logger", "false", *more]
+    assert main([command, *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert main(["refine"]) == 2
+    assert capsys.readouterr().out.count("fit") > 2
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of every step in all the CSV logs of a run; later logs win."""
+    found: dict[int, float] = {}
+    for path in sorted(run.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime):
+        with path.open() as file:
+            rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+        found |= {int(row["step"]): float(row["train/loss"]) for row in rows}
+    return found
+
+
+@pytest.mark.slow
+def test_killed_process_goes_on_as_if_nothing_had_happened(root: Path) -> None:
+    def command(run: str) -> list[str]:
+        logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", run]
+        logger += ["--trainer.logger.flush_logs_every_n_steps", "1", "--run", run]
+        steps = ["--trainer.max_steps", "12", "--trainer.log_every_n_steps", "1"]
+        steps += ["--trainer.check_val_every_n_epoch", "1", "--data.batch_size", "1"]
+        script = [sys.executable, str(REPOSITORY / "train_seg.py"), "fit"]
+        base = words(root, "scenes_small")
+        return [*script, *base, *steps, *logger, "--ckpt_path", "last"]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command("whole"), env=environment, check=True, capture_output=True)
+    killed = subprocess.Popen(
+        command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    began = time.monotonic()
+    while not (root / "killed/last.ckpt").exists() and time.monotonic() - began < 120:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    subprocess.run(command("killed"), env=environment, check=True, capture_output=True)
+    assert len(losses(root / "whole")) == 12
+    assert losses(root / "killed") == pytest.approx(losses(root / "whole"))
