@@ -17,13 +17,13 @@ from datamodules.seed_files.maps import Activation, Dialect, ReadOptions, SeedMa
 
 def matches(content: Mapping[object, object]) -> bool:
     """Whether an archive says which classes it holds."""
-    return "class_ids" in content and "scores" in content
+    return "class_ids" in content and "foreground" in content
 
 
 def read_named(content: Mapping[object, object], path: Path) -> SeedMaps:
-    """Reads an archive with `class_ids` and `scores`."""
+    """Reads an archive with `class_ids` and `foreground`."""
     ids = as_ids(content["class_ids"], path, "class_ids", first=1)
-    maps = as_maps(content["scores"], path, "scores")
+    maps = as_maps(content["foreground"], path, "foreground")
     return SeedMaps("npz", ids, maps, resizable="image_size" in content)
 
 
@@ -109,7 +109,7 @@ def write_npz(
         scores: probabilities ``(K, h, w)``.
         image_size: height and width of the image if the maps are smaller than it.
     """
-    fields = {"class_ids": np.array(class_ids, dtype=np.int64), "scores": scores.astype(np.float16)}
+    fields = {"class_ids": np.array(class_ids, dtype=np.int64), "foreground": scores.astype(np.float16)}
     if image_size is not None:
         fields["image_size"] = np.array(image_size, dtype=np.int64)
     np.savez_compressed(stream, **fields)  # type: ignore[arg-type]

@@ -104,3 +104,15 @@ def test_differences_are_named_and_speed_does_not_count() -> None:
     ours = {"update": describe(Correspondence(beta=0.8)), "batch_size": 4, "new": 1}
     theirs = {"update": describe(Correspondence()), "batch_size": 1}
     assert differing_keys(ours, theirs) == ["update.init_args.beta", "new"]
+
+
+def test_soft_maps_are_read_back_as_seeds(tmp_path: Path) -> None:
+    """What one run writes, the next takes as its seeds."""
+    from datamodules.seed_files import read_seed
+
+    foreground = torch.rand(2, 6, 5)
+    mask = RefinedMask("a", (3, 7), foreground, torch.zeros(6, 5, dtype=torch.uint8))
+    OutputFolder(tmp_path, "npz").save(mask)
+    seed = read_seed(tmp_path / "soft" / "a.npz", (6, 5), 20)
+    assert seed.class_ids == (3, 7)
+    torch.testing.assert_close(seed.scores, foreground, atol=1e-3, rtol=0)

@@ -82,7 +82,7 @@ def test_reduced_resolution(tmp_path: Path, save_seed: Maker, save_image: Maker)
         convert(*arguments, to_dialect="irn", stride=2)
     assert convert(*arguments, to_dialect="npz", stride=4) == 0
     with np.load(tmp_path / "out" / "a.npz") as content:
-        assert content["scores"].shape == (1, 3, 5)
+        assert content["foreground"].shape == (1, 3, 5)
         assert content["image_size"].tolist() == list(SIZE)
     back = (str(tmp_path / "out"), str(tmp_path / "back"), "npz", "clip_es")
     assert convert(*back) == 1  # the size of the image is not known

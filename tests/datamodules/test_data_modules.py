@@ -497,18 +497,19 @@ def test_nightcity(
 # Class lists --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("voc", 20),
-        ("voc_clip_es", 20),
-        ("coco", 80),
-        ("coco_clip_es", 80),
-        ("context", 59),
-        ("ade20k", 150),
-        ("nightcity", 19),
-    ],
-)
+CLASS_COUNTS = {
+    "voc": 20,
+    "voc_clip_es": 20,
+    "coco": 80,
+    "coco_clip_es": 80,
+    "context": 59,
+    "ade20k": 150,
+    "nightcity": 19,
+    "scenes": 12,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), CLASS_COUNTS.items())
 def test_bundled_lists(name: str, count: int) -> None:
     classes = read_class_list(name)
     assert len(classes) == len(classes.names) == len(classes.prompts) == count
@@ -518,7 +519,7 @@ def test_bundled_lists(name: str, count: int) -> None:
 
 
 def test_every_bundled_list_is_tested() -> None:
-    assert len(list(BUNDLED.glob("*.txt"))) == 7
+    assert {path.stem for path in BUNDLED.glob("*.txt")} == set(CLASS_COUNTS)
 
 
 def test_synonyms() -> None:

@@ -85,7 +85,7 @@ def diffsegmenter(path: Path, maps: Maps) -> Path:
 
 
 def named_npz(path: Path, maps: Maps) -> Path:
-    np.savez(path / "a.npz", class_ids=np.array(IDS), scores=maps)
+    np.savez(path / "a.npz", class_ids=np.array(IDS), foreground=maps)
     return path / "a.npz"
 
 

@@ -325,7 +325,7 @@ def test_damaged_honest_files(data: st.DataObject) -> None:
 
 def test_archives_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
-    np.savez_compressed(path, scores=np.ones((2, 3, 4)), class_ids=np.array([1, 2]))
+    np.savez_compressed(path, foreground=np.ones((2, 3, 4)), class_ids=np.array([1, 2]))
     content = read_npz(path)
-    assert set(content) == {"scores", "class_ids"}
-    np.testing.assert_array_equal(content["scores"], np.ones((2, 3, 4)))
+    assert set(content) == {"foreground", "class_ids"}
+    np.testing.assert_array_equal(content["foreground"], np.ones((2, 3, 4)))
