@@ -109,7 +109,10 @@ def write_npz(
         scores: probabilities ``(K, h, w)``.
         image_size: height and width of the image if the maps are smaller than it.
     """
-    fields = {"class_ids": np.array(class_ids, dtype=np.int64), "foreground": scores.astype(np.float16)}
+    fields = {
+        "class_ids": np.array(class_ids, dtype=np.int64),
+        "foreground": scores.astype(np.float16),
+    }
     if image_size is not None:
         fields["image_size"] = np.array(image_size, dtype=np.int64)
     np.savez_compressed(stream, **fields)  # type: ignore[arg-type]

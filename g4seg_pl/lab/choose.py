@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from g4seg_pl.callbacks.run_record import Json, write_text_atomically
 from g4seg_pl.core.background import Threshold

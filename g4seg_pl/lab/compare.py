@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
 from g4seg_pl.lab.cache import Store

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from jsonargparse import ArgumentParser
 
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold

@@ -65,17 +65,9 @@ class AutoencoderTask(L.LightningModule):
         pixels = colour_loss(decoded.float(), images)
         kl = posterior.kl().mean() / images[0].numel()
         self.log_dict({"pixels": pixels, "seen": seen, "kl": kl}, prog_bar=True)
-        return (
-            pixels + self.hparams["perceptual_weight"] * seen + self.hparams["kl_weight"] * 256 * kl
-        )
-
-    def _seen(self, decoded: Tensor, images: Tensor) -> Tensor:
-        # In float32: batch norm in bf16 is several times slower on a CPU.
-        with torch.autocast(decoded.device.type, enabled=False):
-            with torch.no_grad():
-                targets = self.judge.features(images)
-            ours = self.judge.features(decoded)
-        return torch.stack([F.l1_loss(a, b) for a, b in zip(ours, targets, strict=True)]).sum()
+        weighted = self.hparams["perceptual_weight"] * seen
+        total: Tensor = pixels + weighted + self.hparams["kl_weight"] * 256 * kl
+        return total
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """PSNR in dB of images in [0, 1], the mean over images."""

@@ -113,7 +113,8 @@ class ClipTask(L.LightningModule):
             fine, coarse = self.judge.features(images)[-2:]
             side = IMAGE_SIZE // PATCH
             maps = torch.cat([F.adaptive_avg_pool2d(each, side) for each in (fine, coarse)], 1)
-            return self.standard(maps.flatten(2)).transpose(1, 2)
+            standard: Tensor = self.standard(maps.flatten(2))
+            return standard.transpose(1, 2)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Loss on ``(images, presence)``."""
@@ -128,7 +129,8 @@ class ClipTask(L.LightningModule):
         helped = F.binary_cross_entropy_with_logits(self.helper(whole), presence)
         followed = F.smooth_l1_loss(self.follow(tokens).float(), self._judged(images))
         self.log_dict({"loss": loss, "followed": followed, "helped": helped}, prog_bar=True)
-        return loss + helped + self.hparams["distillation"] * followed
+        total: Tensor = loss + helped + self.hparams["distillation"] * followed
+        return total
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """Share of images whose nearest prompt names a class that is present."""

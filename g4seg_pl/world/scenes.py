@@ -151,7 +151,8 @@ def _ground_layer(rng: np.random.Generator, size: int) -> Array:
     squeeze = rng.uniform(0.25, 1.0)  # grass and water are stretched noise
     if rng.random() < 0.5:
         height = max(8, int(size * squeeze))
-        coarse = cv2.resize(coarse[:height], (size, size), interpolation=cv2.INTER_LINEAR)
+        squeezed = cv2.resize(coarse[:height], (size, size), interpolation=cv2.INTER_LINEAR)
+        coarse = np.asarray(squeezed, np.float32)
     pattern = 0.5 + 0.28 * coarse
     if rng.random() < 0.55:
         texture = _GROUND_TEXTURES[int(rng.integers(len(_GROUND_TEXTURES)))]
@@ -259,6 +260,8 @@ def _develop(image: Array, rng: np.random.Generator) -> NDArray[np.uint8]:
     size = image.shape[0]
     light = 1 + np.float32(rng.uniform(0.05, 0.2)) * textures.fractal(size, rng, 2, 2)
     image = image * np.clip(light, 0.55, 1.45)[..., None]
-    image = cv2.GaussianBlur(image, (0, 0), size / IMAGE_SIZE * rng.uniform(0.3, 0.6))
+    image = np.asarray(
+        cv2.GaussianBlur(image, (0, 0), size / IMAGE_SIZE * rng.uniform(0.3, 0.6)), image.dtype
+    )
     noise = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(0.01, 0.03))
     return (np.clip(image + noise, 0, 1) * 255 + 0.5).astype(np.uint8)

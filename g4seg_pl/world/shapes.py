@@ -32,7 +32,7 @@ def disc(u: Array, v: Array, rng: np.random.Generator) -> Array:
     radius, angle = _polar(u, v)
     wobble = 0.06 * np.cos(3 * angle + rng.uniform(0, 6.28))
     wobble += 0.04 * np.cos(5 * angle + rng.uniform(0, 6.28))
-    return radius - 0.92 - wobble
+    return np.asarray(radius - 0.92 - wobble)
 
 
 def block(u: Array, v: Array, rng: np.random.Generator) -> Array:
@@ -46,7 +46,7 @@ def star(u: Array, v: Array, rng: np.random.Generator) -> Array:
     radius, angle = _polar(u, v)
     points = int(rng.integers(5, 7))
     sector = np.abs(((angle * points / (2 * np.pi)) % 1.0) - 0.5) * 2
-    return radius - (1.0 - (0.52 + rng.uniform(-0.06, 0.04)) * sector)
+    return np.asarray(radius - (1.0 - (0.52 + rng.uniform(-0.06, 0.04)) * sector))
 
 
 def leaf(u: Array, v: Array, rng: np.random.Generator) -> Array:

@@ -83,13 +83,14 @@ def holes(u: Array, v: Array, rng: np.random.Generator) -> Array:
     centres = rng.uniform(-0.8, 0.8, (6, 2)) * (1.0, 0.6)
     radii = rng.uniform(0.1, 0.22, 6)
     distance = [np.hypot(u - x, v - y) - r for (x, y), r in zip(centres, radii, strict=True)]
-    return (np.minimum.reduce(distance) > 0).astype(np.float32)
+    return np.asarray(np.minimum.reduce(distance) > 0, np.float32)
 
 
 def checks(u: Array, v: Array, rng: np.random.Generator) -> Array:
     """Diagonal checks."""
     pitch = rng.uniform(6.0, 7.5)
-    return 0.5 + 0.5 * np.tanh(4 * np.sin(pitch * (u + v)) * np.sin(pitch * (u - v)))
+    waves = np.sin(pitch * (u + v)) * np.sin(pitch * (u - v))
+    return np.asarray(0.5 + 0.5 * np.tanh(4 * waves))
 
 
 def petals(u: Array, v: Array, rng: np.random.Generator) -> Array:

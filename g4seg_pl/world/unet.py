@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import numpy as np
@@ -148,7 +149,7 @@ class UNetTask(L.LightningModule):
         """Take over the weights of a diffusers folder, for the model and its average."""
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
-        for model in (self.model, self.average.module):
+        for model in (self.model, cast(TextToLatent, self.average.module)):
             model.unet.load_state_dict(unet.state_dict())
             model.text_encoder.load_state_dict(text_encoder.state_dict())
 
