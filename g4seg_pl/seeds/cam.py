@@ -42,7 +42,7 @@ STRIDE = 16
 
 def multi_scale_cam(
     network: ResNetClassifier,
-    pictures: Iterable[Float[Tensor, "1 3 h w"]],
+    pictures: Iterable[Float[Tensor, "1 3 _ _"]],
     classes: list[int],
     size: tuple[int, int],
     method: Method = "cam",
