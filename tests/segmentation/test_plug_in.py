@@ -19,6 +19,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+    # The example in the document trains; it does not validate.
+    pytest.mark.filterwarnings("ignore:.*no `validation_step`.*"),
 ]
 
 
