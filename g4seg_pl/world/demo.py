@@ -22,7 +22,7 @@ from g4seg_pl.report import pictures
 from g4seg_pl.types import Sample
 from g4seg_pl.world.load import load_refiner, load_seed_maker, scenes, with_seeds
 from g4seg_pl.world.scenes import CLASS_NAMES
-from g4seg_pl.world.settings import RECIPES, SEED_BACKGROUND
+from g4seg_pl.world.settings import PROVENANCE, RECIPES, SEED_BACKGROUND
 
 SHOWN = 8
 BATCH = 16
@@ -37,7 +37,7 @@ def demo(
     """Refine Grad-CAM seeds of test scenes with the embedded diffusion model and score them.
 
     Writes metrics.json, masks/ (refined label files), seeds/ (label files of the seeds) and
-    pictures.png. Every row's settings were chosen on validation scenes, the controls' too.
+    pictures.png. Where the settings come from is said in metrics.json.
 
     Args:
         out: the folder to write.
@@ -66,7 +66,8 @@ def demo(
         "n_images": len(samples),
         "split": f"test scenes {scene_seed} to {scene_seed + images - 1}",
         "seeds": "Grad-CAM of the embedded CLIP",
-        "background_rule": repr(SEED_BACKGROUND) + ", chosen on validation scenes",
+        "background_rule": repr(SEED_BACKGROUND),
+        "settings": PROVENANCE,
         "truth_255": "none in these scenes",
         "crf": "off",
         "gain_se": "bootstrap over images, paired",

@@ -1,8 +1,10 @@
-"""What was chosen on the validation scenes (by `g4seg_pl.world.choose`), and nowhere else."""
+"""The demo's settings: defaults until they are chosen on validation scenes (`g4seg_pl.lab`)."""
 
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.steps import Blur, Correspondence, UpdateStep
 
+# Said beside every number made with them.
+PROVENANCE = "defaults; nothing has been chosen on validation scenes yet"
 SEED_BACKGROUND = Threshold(0.5)
 
 RECIPES: dict[str, tuple[UpdateStep, ...]] = {
