@@ -15,10 +15,11 @@ from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.protocols import FeatureExtractor, Generator
 from g4seg_pl.core.refine import RefinementState, refine
 from g4seg_pl.core.resize import apply_change, image_to_working, masks_to_working
-from g4seg_pl.core.steps import Correspondence, UpdateStep
+from g4seg_pl.core.steps import UpdateStep
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.pictures import PictureLike, mask_to_tensor, picture_to_tensor, tensor_like
+from g4seg_pl.recipes import Recipe, steps_of
 from g4seg_pl.types import BadItemError, Sample, Seed
 
 MaskLike = TypeVar("MaskLike", Image.Image, np.ndarray, Tensor)
@@ -76,7 +77,7 @@ class G4SegRefiner:
         Args:
             generator: the text-to-image model, on its device.
             features: a loaded feature extractor on the same device.
-            steps: the updates, in order; None for the paper's one.
+            steps: the updates, in order; None for the recipe ``best``.
             seed: the run's seed.
             prompt_template: the prompt, with one ``{}`` for the class.
             masks_per_pass: how many masks at most enter a network at once.
@@ -84,7 +85,7 @@ class G4SegRefiner:
         """
         self.generator = generator
         self.features = features
-        self.steps = (Correspondence(),) if steps is None else tuple(steps)
+        self.steps = steps_of("best") if steps is None else tuple(steps)
         self.seed = seed
         self.prompt_template = prompt_template
         self.masks_per_pass = masks_per_pass
@@ -96,6 +97,7 @@ class G4SegRefiner:
         cls,
         model: str,
         *,
+        recipe: Recipe = "best",
         features: DenseFeatures | None = None,
         steps: Sequence[UpdateStep] | None = None,
         device: str | torch.device | None = None,
@@ -109,8 +111,9 @@ class G4SegRefiner:
 
         Args:
             model: a diffusers folder or hub id.
+            recipe: ``best``, or ``paper`` for the paper's own update.
             features: the feature extractor; None shares the model's own autoencoder.
-            steps: the updates, in order; None for the paper's one.
+            steps: the updates, in order, instead of a recipe's.
             device: where to run; None takes a GPU if there is one.
             dtype: number format; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
             variant: the weight files' variant, such as ``fp16``.
@@ -130,7 +133,7 @@ class G4SegRefiner:
         return cls(
             generator,
             features,
-            steps,
+            steps_of(recipe) if steps is None else steps,
             seed=seed,
             prompt_template=prompt_template,
             masks_per_pass=masks_per_pass,

@@ -15,10 +15,10 @@ from g4seg_pl.callbacks.run_record import Json, describe
 from g4seg_pl.lab.cache import Store
 from g4seg_pl.lab.models import Models
 from g4seg_pl.seeds.base import SeedMaker
-from g4seg_pl.seeds.clip_es import ClipES
 from g4seg_pl.seeds.diffsegmenter import DiffSegmenter
 from g4seg_pl.types import BadItemError, ConfigurationError, Sample, Seed
 from g4seg_pl.world.degrade import degrade
+from g4seg_pl.world.load import load_seed_maker
 from g4seg_pl.world.scenes import CLASS_NAMES, FIRST_SEED, Split, draw_scene
 
 SeedKind = Literal[
@@ -36,8 +36,8 @@ BANDS: dict[str, tuple[float, float]] = {
     "degraded_40_80": (0.4, 0.8),
     "degraded_80_100": (0.8, 1.0),
 }
-# As `g4seg_pl.world.load.load_seed_maker` has it; here the folder is free.
-POOLING: Literal["patches", "class_token"] = "patches"
+# What `g4seg_pl.world.load.load_seed_maker` makes of a model; results are filed under it.
+MAKER = "patches, elementwise"
 # What the fault of a band is made from: strengths tried until a mask's IoU falls inside.
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0)
 TRIES = 6
@@ -130,7 +130,7 @@ class SceneSource(Source):
         """Kind, scenes, and the model that the seeds depend on."""
         model: Json = None
         if self.kind in ("gradcam", "clip_es"):
-            model = [self.models.clip_identity, POOLING]
+            model = [self.models.clip_identity, MAKER]
         elif self.kind == "cross_attention":
             model = self.models.generator_identity
         scenes = scenes_identity()
@@ -208,24 +208,12 @@ class DataSource(Source):
 
 
 def make_seed_maker(kind: SeedKind, models: Models) -> SeedMaker:
-    """Return the loaded maker of a kind of seeds.
-
-    The world has no words for its grounds, so the classes an image does not have stand against
-    those it has.
-    """
+    """Return the loaded maker of a kind of seeds."""
     if kind == "cross_attention":
         cross = DiffSegmenter(str(models.generator), prompt_template="a photo of {}")
         cross.generator = models.refiner().generator  # type: ignore[assignment]
         return cross
-    maker = ClipES(
-        str(models.clip),
-        background_words=list(CLASS_NAMES),
-        prompt_template="a photo of {}",
-        affinity=kind == "clip_es",
-        pooling=POOLING,
-    )
-    maker.configure_model()
-    return maker
+    return load_seed_maker(affinity=kind == "clip_es", clip=str(models.clip))
 
 
 def _degraded(mask: NDArray[np.bool_], kind: str, seed: int) -> NDArray[np.float32]:

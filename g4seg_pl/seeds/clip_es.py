@@ -42,6 +42,7 @@ from g4seg_pl.seeds.clip_model import (
 from g4seg_pl.types import RefinedMask, Sample
 
 Pooling = Literal["patches", "class_token"]
+ChannelWeights = Literal["mean", "elementwise"]
 
 # What surrounds objects in photographs; the last two are left out for COCO.
 # fmt: off
@@ -61,6 +62,7 @@ def gradcam_maps(
     background: Float[Tensor, "w d"],
     pooling: Pooling = "patches",
     interpolation: Interpolation = "bilinear",
+    channel_weights: ChannelWeights = "mean",
 ) -> ClassMaps:
     """Return the softmax Grad-CAM of each present class on the token grid, in [0, 1].
 
@@ -72,9 +74,11 @@ def gradcam_maps(
         background: unit vectors of the background words; may be none.
         pooling: what is compared with the texts; CLIP-ES's is ``patches``.
         interpolation: of position embeddings at another size.
+        channel_weights: Grad-CAM's mean of the gradient over the patches, or each patch's own
+            gradient (HiResCAM, Draelos and Carin 2020).
     """
     maps, _ = _maps_and_attention(
-        model, images, text_features, present, background, pooling, interpolation
+        model, images, text_features, present, background, pooling, interpolation, channel_weights
     )
     return maps
 
@@ -89,6 +93,7 @@ def clip_es_maps(
     affinity_layers: int = 8,
     pooling: Pooling = "patches",
     interpolation: Interpolation = "bilinear",
+    channel_weights: ChannelWeights = "mean",
 ) -> tuple[ClassMaps, ClassMaps]:
     """Return Grad-CAM after and before class-aware attention affinity, on the token grid.
 
@@ -103,12 +108,13 @@ def clip_es_maps(
             fewer.
         pooling: what is compared with the texts; CLIP-ES's is ``patches``.
         interpolation: of position embeddings at another size.
+        channel_weights: see ``gradcam_maps``.
 
     Returns:
         the propagated maps (``attn_highres`` of CLIP-ES) and the plain ones (``highres``).
     """
     plain, attention = _maps_and_attention(
-        model, images, text_features, present, background, pooling, interpolation
+        model, images, text_features, present, background, pooling, interpolation, channel_weights
     )
     affinity = attention_affinity(attention[-affinity_layers:])
     boxed = plain.maps * box_masks(plain.maps, box_threshold)
@@ -125,6 +131,7 @@ def _maps_and_attention(
     background: Tensor,
     pooling: Pooling,
     interpolation: Interpolation,
+    channel_weights: ChannelWeights,
 ) -> tuple[ClassMaps, list[Tensor]]:
     """Plain maps, and every layer's attention between patches."""
     visual: Any = model.visual
@@ -136,7 +143,7 @@ def _maps_and_attention(
         joint = project_tokens(visual, finish_block(last, tokens, attended))
         pooled = joint[:, 1:].mean(1) if pooling == "patches" else joint[:, 0]
         scores = _softmax_scores(model, pooled, text_features, present, background)
-        maps = _gradient_maps(scores, normed, present, grid)
+        maps = _gradient_maps(scores, normed, present, grid, channel_weights)
     return maps, [*attention, weights.detach()[:, 1:, 1:]]
 
 
@@ -169,7 +176,11 @@ def _softmax_scores(
 
 
 def _gradient_maps(
-    scores: Tensor, normed: Tensor, present: Tensor, grid: tuple[int, int]
+    scores: Tensor,
+    normed: Tensor,
+    present: Tensor,
+    grid: tuple[int, int],
+    channel_weights: ChannelWeights,
 ) -> ClassMaps:
     """Grad-CAM of every present class; one backward pass for the n-th class of all images."""
     owner, class_index = present.to(scores.device).nonzero(as_tuple=True)
@@ -180,7 +191,9 @@ def _gradient_maps(
         images = owner[chosen]
         total = scores[images, class_index[chosen]].sum()
         (gradient,) = torch.autograd.grad(total, normed, retain_graph=True)
-        weights = gradient[images, 1:].mean(1, keepdim=True)
+        weights = gradient[images, 1:]
+        if channel_weights == "mean":
+            weights = weights.mean(1, keepdim=True)
         maps[chosen] = (weights * normed[images, 1:]).sum(2).detach().reshape(-1, *grid)
     # Twice, as the public library does: gradients are often smaller than the divisor's guard.
     return ClassMaps(owner, class_index, min_max(min_max(maps.float().clamp(min=0))))
@@ -198,6 +211,8 @@ class ClipES(SeedMaker):
         affinity: propagate the maps by attention; without it they are plain Grad-CAM.
         affinity_layers: how many of the last attention layers are averaged.
         pooling: ``patches`` is CLIP-ES's; ``class_token`` is what CLIP was trained with.
+        channel_weights: ``mean`` is Grad-CAM's and CLIP-ES's; ``elementwise`` is HiResCAM's, for
+            models whose gradients point elsewhere at every patch.
         scale: of the image before it enters.
         background: how the background is scored when label maps are made; (1 - max) if None.
     """
@@ -212,6 +227,7 @@ class ClipES(SeedMaker):
         affinity: bool = True,
         affinity_layers: int = 8,
         pooling: Pooling = "patches",
+        channel_weights: ChannelWeights = "mean",
         scale: float = 1.0,
         background: Threshold | PowerBackground | None = None,
     ) -> None:
@@ -223,6 +239,7 @@ class ClipES(SeedMaker):
         self.box_threshold = box_threshold
         self.affinity, self.affinity_layers = affinity, affinity_layers
         self.pooling: Pooling = pooling
+        self.channel_weights: ChannelWeights = channel_weights
         self.scale = scale
         self.clip: Any = None
         self._tokenizer: Tokenizer | None = None
@@ -246,12 +263,12 @@ class ClipES(SeedMaker):
         classes, words = self._texts(sample.class_names), self._texts(others)
         present = torch.ones(1, len(classes), dtype=torch.bool, device=self.device)
         arguments = (self.clip, image, classes, present, words)
+        how: Any = {"pooling": self.pooling, "channel_weights": self.channel_weights}
         if self.affinity:
-            maps, _ = clip_es_maps(
-                *arguments, self.box_threshold, self.affinity_layers, self.pooling
-            )
+            box, layers = self.box_threshold, self.affinity_layers
+            maps, _ = clip_es_maps(*arguments, box, layers, **how)
         else:
-            maps = gradcam_maps(*arguments, self.pooling)
+            maps = gradcam_maps(*arguments, **how)
         size = (sample.image.shape[1], sample.image.shape[2])
         return self.composed(sample, resize_maps(maps.maps, size))
 

@@ -37,30 +37,36 @@ def colour_loss(decoded: Tensor, images: Tensor) -> Tensor:
 
 
 class AutoencoderTask(L.LightningModule):
-    """Fits the autoencoder: colour loss, the judge's features, a weak KL term."""
+    """Fits the autoencoder: colour loss, the teacher's features, a weak KL term.
+
+    With ``decoder_only`` the latents stay what they are (a U-Net was trained on them) and only the
+    decoder learns.
+    """
 
     def __init__(
         self,
-        classifier_weights: dict[str, Tensor] | None = None,
+        teacher: SceneClassifier | None = None,
         learning_rate: float = 1.5e-3,
         steps: int = 3500,
         perceptual_weight: float = 0.2,
         kl_weight: float = 1e-5,
+        decoder_only: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["classifier_weights"])
+        self.save_hyperparameters(ignore=["teacher"])
         self.vae = build_autoencoder()
-        self.judge = SceneClassifier().eval().requires_grad_(False)
-        if classifier_weights is not None:
-            self.judge.load_state_dict(classifier_weights)
+        if decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+        self.teacher = teacher or SceneClassifier().eval().requires_grad_(False)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Loss on ``(images, presence)``; presence is not used."""
         images = batch[0]
-        self.judge.eval()
+        self.teacher.eval()
         posterior = self.vae.encode(images).latent_dist
         decoded = self.vae.decode(posterior.sample()).sample
-        pairs = zip(self.judge.features(decoded), self.judge.features(images), strict=True)
+        pairs = zip(self.teacher.features(decoded), self.teacher.features(images), strict=True)
         seen = sum((F.l1_loss(ours, theirs) for ours, theirs in pairs), decoded.new_zeros(()))
         pixels = colour_loss(decoded.float(), images)
         kl = posterior.kl().mean() / images[0].numel()

@@ -1,7 +1,7 @@
-"""The recipe's judge: a small multi-label classifier of scenes.
+"""The recipe's two small multi-label classifiers of scenes; the refiner sees neither.
 
-It serves as perceptual loss of the autoencoder and as the independent judge of the gates; the
-refiner never sees it.
+The teacher lends its perception to the autoencoder, the CLIP and the U-Net; the judge measures
+them at the gates and has taught none of them.
 """
 
 import lightning as L
@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from g4seg_pl.world.scenes import CLASSES
 
@@ -53,9 +54,15 @@ class SceneClassifier(nn.Module):
 
 
 class ClassifierTask(L.LightningModule):
-    """Fits the judge with binary cross-entropy on presence."""
+    """Fits a classifier with binary cross-entropy on presence.
 
-    def __init__(self, learning_rate: float = 3e-3, steps: int = 4000) -> None:
+    With ``disturb``, half of the pictures are blurred, noisy or of another contrast, so that what
+    it finds is the thing and not the sharpness of a pixel.
+    """
+
+    def __init__(
+        self, learning_rate: float = 3e-3, steps: int = 4000, disturb: bool = False
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.net = SceneClassifier()
@@ -63,6 +70,8 @@ class ClassifierTask(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Loss on ``(images, presence)``."""
         images, presence = batch
+        if self.hparams["disturb"]:
+            images = disturbed(images)
         loss = F.binary_cross_entropy_with_logits(self.net(images), presence)
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -81,6 +90,18 @@ class ClassifierTask(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW under a one-cycle schedule."""
         return one_cycle(self, self.hparams["learning_rate"], self.hparams["steps"])
+
+
+def disturbed(images: Tensor) -> Tensor:
+    """Half of the images ``(B, 3, H, W)`` in [-1, 1] blurred, of other contrast, and noisy."""
+    images = images.clone()
+    for part in images.split(8):
+        if torch.rand(()) < 0.5:
+            sigma = float(torch.empty(()).uniform_(0.3, 1.2))
+            contrast = torch.empty(len(part), 1, 1, 1).uniform_(0.8, 1.15).to(part)
+            part.copy_(gaussian_blur(part, [7, 7], [sigma, sigma]) * contrast)
+            part.add_(torch.randn_like(part) * 0.06)
+    return images
 
 
 def one_cycle(module: nn.Module, learning_rate: float, steps: int) -> OptimizerLRSchedulerConfig:

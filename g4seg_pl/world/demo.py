@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from g4seg_pl.report import pictures
 from g4seg_pl.types import Sample
 from g4seg_pl.world.load import load_refiner, load_seed_maker, scenes, with_seeds
 from g4seg_pl.world.scenes import CLASS_NAMES
-from g4seg_pl.world.settings import PROVENANCE, RECIPES, SEED_BACKGROUND
+from g4seg_pl.world.settings import BACKGROUNDS, PROVENANCE, RECIPES
 
+Label = NDArray[np.uint8]
 SHOWN = 8
 BATCH = 16
 
@@ -36,8 +37,9 @@ def demo(
 ) -> int:
     """Refine Grad-CAM seeds of test scenes with the embedded diffusion model and score them.
 
-    Writes metrics.json, masks/ (refined label files), seeds/ (label files of the seeds) and
-    pictures.png. Where the settings come from is said in metrics.json.
+    Writes metrics.json, label files of the seeds (seeds/), of the best recipe (masks/) and of the
+    paper's method (masks_paper/), and pictures.png. Where the settings come from is said in
+    metrics.json.
 
     Args:
         out: the folder to write.
@@ -53,20 +55,20 @@ def demo(
     samples = with_seeds(scenes("test", images, first=scene_seed), load_seed_maker())
     refiner = load_refiner(noise_seed)
     comparison = Comparison(len(CLASS_NAMES) + 1)
-    _score(comparison, "seed", samples, [sample.seed.scores for sample in samples])
-    shown: list[Tensor] = []
+    refined = {"seed": [sample.seed.scores for sample in samples]}
     for name, steps in RECIPES.items():
         print(f"refining: {name}", flush=True)
-        refined = refine_all(refiner.with_steps(steps), samples)
-        _score(comparison, name, samples, refined)
-        if name == "g4seg":
-            shown = refined
+        refined[name] = refine_all(refiner.with_steps(steps), samples)
+    labels = {name: _labels(name, samples, maps) for name, maps in refined.items()}
+    for name, found in labels.items():
+        for label, sample in zip(found, samples, strict=True):
+            comparison.add(name, label, truth_of(sample))
     rows = comparison.rows()
     metrics = {
         "n_images": len(samples),
         "split": f"test scenes {scene_seed} to {scene_seed + images - 1}",
         "seeds": "Grad-CAM of the embedded CLIP",
-        "background_rule": repr(SEED_BACKGROUND),
+        "background_rule": {name: repr(rule) for name, rule in BACKGROUNDS.items()},
         "settings": PROVENANCE,
         "truth_255": "none in these scenes",
         "crf": "off",
@@ -76,13 +78,12 @@ def demo(
     }
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    _write_labels(out / "seeds", samples, [sample.seed.scores for sample in samples])
-    _write_labels(out / "masks", samples, shown)
-    sheet = show(refiner.with_steps(RECIPES["g4seg"]), samples[:SHOWN], shown[:SHOWN])
-    sheet.save(out / "pictures.png")
+    for folder, name in (("seeds", "seed"), ("masks", "g4seg-best"), ("masks_paper", "g4seg")):
+        _write_labels(out / folder, samples, labels[name])
+    show(refiner, samples[:SHOWN], labels).save(out / "pictures.png")
     print(f"\n{metrics['split']}; mIoU in percent; gain over the seed ± standard error\n")
     print(markdown(rows))
-    print(f"\n{out}/: metrics.json, pictures.png, masks/, seeds/")
+    print(f"\n{out}/: metrics.json, pictures.png, masks/, masks_paper/, seeds/")
     return 0
 
 
@@ -96,37 +97,46 @@ def refine_all(refiner: G4SegRefiner, samples: Sequence[Sample]) -> list[Tensor]
 
 
 def show(
-    refiner: G4SegRefiner, samples: Sequence[Sample], refined: Sequence[Tensor]
+    refiner: G4SegRefiner, samples: Sequence[Sample], labels: Mapping[str, Sequence[Label]]
 ) -> Image.Image:
-    """A sheet: image, truth, seed, refined, what the model generated, what changed."""
+    """A sheet: image, truth, seed, what the model generated, both results, what changed.
+
+    Args:
+        refiner: of the models that refined.
+        samples: the first scenes.
+        labels: of ``seed``, ``g4seg`` and ``g4seg-best``, the same scenes first.
+    """
+    paper = refiner.with_steps(RECIPES["g4seg"])
     rows = []
-    for sample, foreground in zip(samples, refined, strict=True):
-        generated: list[Tensor] = []
-
-        def keep(state: RefinementState, kept: list[Tensor] = generated) -> None:
-            if "generated" in state.artifacts:
-                kept.append(state.artifacts["generated"])
-
-        with torch.no_grad():
-            refiner.refine_samples([sample], keep)
-        rows.append(_row(sample, foreground, generated))
-    titles = ("image", "truth", "seed", "refined", "generated", "what changed")
+    for index, sample in enumerate(samples):
+        image, truth = sample.image.permute(1, 2, 0).numpy(), truth_of(sample)
+        seed, refined, best = (labels[name][index] for name in ("seed", "g4seg", "g4seg-best"))
+        cells = [
+            Image.fromarray(image),
+            pictures.overlay(image, truth),
+            pictures.overlay(image, seed),
+            Image.fromarray(_generated(paper, sample)),
+            pictures.overlay(image, refined),
+            pictures.overlay(image, best),
+            pictures.change(seed, best, truth),
+        ]
+        rows.append(cells)
+    titles = ("image", "truth", "seed", "generated", "g4seg", "g4seg-best", "best changed")
     return pictures.grid(rows, titles)
 
 
-def _row(sample: Sample, foreground: Tensor, generated: list[Tensor]) -> list[Image.Image]:
-    image, truth = sample.image.permute(1, 2, 0).numpy(), truth_of(sample)
-    before, after = _label(sample, sample.seed.scores), _label(sample, foreground)
-    made = generated[-1][0] if generated else sample.image.float() / 127.5 - 1
-    picture = ((made + 1) * 127.5).clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    return [
-        Image.fromarray(image),
-        pictures.overlay(image, truth),
-        pictures.overlay(image, before),
-        pictures.overlay(image, after),
-        Image.fromarray(picture),
-        pictures.change(before, after, truth),
-    ]
+def _generated(refiner: G4SegRefiner, sample: Sample) -> Label:
+    """What the model draws of the sample's first class under its coarse mask, ``(H, W, 3)``."""
+    kept: list[Tensor] = []
+
+    def keep(state: RefinementState) -> None:
+        if "generated" in state.artifacts:
+            kept.append(state.artifacts["generated"])
+
+    with torch.no_grad():
+        refiner.refine_samples([sample], keep)
+    pixels = ((kept[-1][0] + 1) * 127.5).clamp(0, 255).round().byte()
+    return pixels.permute(1, 2, 0).cpu().numpy()
 
 
 def truth_of(sample: Sample) -> NDArray[np.uint8]:
@@ -141,18 +151,15 @@ def truth_of(sample: Sample) -> NDArray[np.uint8]:
     return sample.truth.numpy()
 
 
-def _label(sample: Sample, foreground: Tensor) -> NDArray[np.uint8]:
-    return compose_label(foreground, sample.seed.class_ids, SEED_BACKGROUND).numpy()
+def _labels(name: str, samples: Sequence[Sample], foreground: Sequence[Tensor]) -> list[Label]:
+    rule = BACKGROUNDS[name]
+    return [
+        compose_label(soft, sample.seed.class_ids, rule).numpy()
+        for sample, soft in zip(samples, foreground, strict=True)
+    ]
 
 
-def _score(
-    comparison: Comparison, name: str, samples: Sequence[Sample], foreground: Sequence[Tensor]
-) -> None:
-    for sample, soft in zip(samples, foreground, strict=True):
-        comparison.add(name, _label(sample, soft), truth_of(sample))
-
-
-def _write_labels(folder: Path, samples: Sequence[Sample], foreground: Sequence[Tensor]) -> None:
+def _write_labels(folder: Path, samples: Sequence[Sample], labels: Sequence[Label]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for sample, soft in zip(samples, foreground, strict=True):
-        label_image(_label(sample, soft)).save(folder / f"{sample.image_id}.png")
+    for sample, label in zip(samples, labels, strict=True):
+        label_image(label).save(folder / f"{sample.image_id}.png")

@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,7 +16,7 @@ from g4seg_pl.world.clip import PREPROCESS, clip_config
 from g4seg_pl.world.data import DEFAULT_CACHE
 from g4seg_pl.world.folders import WEIGHTS
 from g4seg_pl.world.text import write_tokenizer
-from g4seg_pl.world.train import judge_weights, load_tokenizer, load_vae
+from g4seg_pl.world.train import classifier_weights, load_tokenizer, load_vae
 from g4seg_pl.world.unet import TextToLatent, build_scheduler
 
 _MODEL_INDEX = {
@@ -84,23 +85,23 @@ def export_clip(out: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def export_judge(out: Path, target: Path) -> None:
-    """Write the recipe's classifier."""
+def export_classifier(out: Path, name: Literal["teacher", "judge"], target: Path) -> None:
+    """Write one of the recipe's classifiers."""
     target.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.contiguous() for name, weight in judge_weights(out).items()}
+    weights = {key: weight.contiguous() for key, weight in classifier_weights(out, name).items()}
     save_file(weights, target / "model.safetensors")
 
 
 def main() -> None:
-    """``python -m g4seg_pl.world.export judge|clip|generator`` fills the package's weights."""
+    """Fill the package's weights: ``python -m g4seg_pl.world.export generator`` and the like."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("what", choices=["judge", "clip", "generator"])
+    parser.add_argument("what", choices=["teacher", "judge", "clip", "generator"])
     parser.add_argument("--out", type=Path, default=Path("outputs/world/train"))
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--target", type=Path, default=WEIGHTS)
     options = parser.parse_args()
-    if options.what == "judge":
-        export_judge(options.out, options.target / "judge")
+    if options.what in ("teacher", "judge"):
+        export_classifier(options.out, options.what, options.target / options.what)
         return
     if options.what == "clip":
         export_clip(options.out, options.target / "clip")

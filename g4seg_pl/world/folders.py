@@ -3,4 +3,5 @@
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-GENERATOR, CLIP, JUDGE = WEIGHTS / "generator", WEIGHTS / "clip", WEIGHTS / "judge"
+GENERATOR, CLIP = WEIGHTS / "generator", WEIGHTS / "clip"
+TEACHER, JUDGE = WEIGHTS / "teacher", WEIGHTS / "judge"

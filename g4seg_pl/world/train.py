@@ -1,8 +1,8 @@
 """The recipe of the embedded world's models: ``python -m g4seg_pl.world.train vae|clip|unet``.
 
 Each stage is a LightningModule that resumes from its last checkpoint whenever it is started again,
-on a CPU (bf16 autocast) or a GPU. The order is classifier, vae, latents, unet; clip needs the
-classifier only.
+on a CPU (bf16 autocast) or a GPU. The order is teacher, vae, latents, unet; clip needs the teacher
+only, and the judge, which measures the others, stands apart.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import CLIPTokenizer
 
 from g4seg_pl.world.autoencoder import AutoencoderTask
-from g4seg_pl.world.classifier import ClassifierTask
+from g4seg_pl.world.classifier import ClassifierTask, SceneClassifier
 from g4seg_pl.world.clip import ClipTask
 from g4seg_pl.world.data import DEFAULT_CACHE, held_out, load_shards, split_row
-from g4seg_pl.world.folders import GENERATOR, JUDGE
+from g4seg_pl.world.folders import GENERATOR, JUDGE, TEACHER
 from g4seg_pl.world.text import write_tokenizer
 from g4seg_pl.world.unet import LatentBatches, UNetTask
 
@@ -95,44 +95,75 @@ def _scene_loaders(options: argparse.Namespace, batch: int = BATCH) -> Loaders:
     return DataLoader(SceneBatches(options.cache, options.shards, batch), None), validation
 
 
-def train_classifier(options: argparse.Namespace) -> None:
-    """The judge of the gates and of the autoencoder."""
+def train_teacher(options: argparse.Namespace) -> None:
+    """What the autoencoder, the CLIP and the U-Net learn perception from."""
+    _train_classifier(options, "teacher")
+
+
+def train_judge(options: argparse.Namespace) -> None:
+    """The judge of the gates: nothing that is judged has seen it."""
+    _train_classifier(options, "judge", disturb=True)
+
+
+def _train_classifier(options: argparse.Namespace, name: str, disturb: bool = False) -> None:
     steps = options.steps or 1500
-    loaders = _scene_loaders(options)
-    # Batch norm in bf16 is slow on a CPU; the judge is small enough for float32.
-    fit(
-        ClassifierTask(steps=steps),
-        options.out / "classifier",
-        steps,
-        loaders,
-        "32-true",
-    )
+    task = ClassifierTask(steps=steps, disturb=disturb)
+    # Batch norm in bf16 is slow on a CPU; the classifier is small enough for float32.
+    fit(task, options.out / name, steps, _scene_loaders(options), "32-true")
 
 
-def judge_weights(out: Path) -> dict[str, Tensor]:
-    """The judge's weights from its last checkpoint, or those of the repository."""
-    checkpoint = out / "classifier" / "last.ckpt"
+def classifier_weights(out: Path, name: Literal["teacher", "judge"]) -> dict[str, Tensor]:
+    """A classifier's weights from its last checkpoint, or those of the repository."""
+    checkpoint = out / name / "last.ckpt"
     if not checkpoint.exists():
-        return load_file(JUDGE / "model.safetensors")
+        published = TEACHER if name == "teacher" else JUDGE
+        return load_file(published / "model.safetensors")
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     return {name.removeprefix("net."): weight for name, weight in state.items()}
 
 
+def load_teacher(out: Path) -> SceneClassifier:
+    """The teacher without gradients."""
+    teacher = SceneClassifier().eval().requires_grad_(False)
+    teacher.load_state_dict(classifier_weights(out, "teacher"))
+    return teacher
+
+
 def train_vae(options: argparse.Namespace) -> None:
-    """The autoencoder; needs the judge."""
+    """The autoencoder; needs the teacher."""
     steps = options.steps or 3500
     fit(
-        AutoencoderTask(judge_weights(options.out), steps=steps),
+        AutoencoderTask(load_teacher(options.out), steps=steps),
         options.out / "vae",
         steps,
         _scene_loaders(options, batch=8),  # many small steps serve an autoencoder best
     )
 
 
+def train_decoder(options: argparse.Namespace) -> None:
+    """The published autoencoder's decoder alone, with more weight on what the teacher sees."""
+    steps = options.steps or 3500
+    task = AutoencoderTask(
+        load_teacher(options.out),
+        learning_rate=8e-4,
+        steps=steps,
+        perceptual_weight=1.0,
+        decoder_only=True,
+    )
+    published = AutoencoderKL.from_pretrained(GENERATOR, subfolder="vae")
+    task.vae.load_state_dict(published.state_dict())
+    fit(task, options.out / "decoder", steps, _scene_loaders(options, batch=8))
+
+
 def train_clip(options: argparse.Namespace) -> None:
-    """The CLIP; needs the judge."""
+    """The CLIP; needs the teacher."""
     steps = options.steps or 5000
-    task = ClipTask(load_tokenizer(options.out), judge_weights(options.out), steps=steps)
+    task = ClipTask(
+        load_tokenizer(options.out),
+        load_teacher(options.out),
+        steps=steps,
+        compile_model=options.compile,
+    )
     # The fused kernel's backward is the slower one at these sizes on a CPU.
     with sdpa_kernel(SDPBackend.MATH):
         fit(task, options.out / "clip", steps, _scene_loaders(options, batch=32))
@@ -140,8 +171,9 @@ def train_clip(options: argparse.Namespace) -> None:
 
 def load_vae(out: Path) -> AutoencoderKL:
     """The autoencoder of the last checkpoint, or that of the repository, without gradients."""
-    checkpoint = out / "vae" / "last.ckpt"
-    if checkpoint.exists():
+    made = [out / stage / "last.ckpt" for stage in ("decoder", "vae")]
+    checkpoint = next((path for path in made if path.exists()), None)
+    if checkpoint is not None:
         task = AutoencoderTask()
         task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
         vae = task.vae
@@ -159,22 +191,33 @@ def load_tokenizer(out: Path) -> CLIPTokenizer:
 
 
 @torch.inference_mode()
-def encode_shard(vae: AutoencoderKL, scenes: Path, scale: float) -> None:
-    """Write the scaled latent modes of one shard as float16 ``(N, 4, 16, 16)``, once."""
+def encode_shard(vae: AutoencoderKL, teacher: SceneClassifier, scenes: Path, scale: float) -> None:
+    """Write the scaled latent modes and the teacher's last maps of one shard, once.
+
+    Both are float16, ``(N, 4, 16, 16)`` and ``(N, 160, 8, 8)``; the maps have mean 0 and
+    deviation 1 in every channel over the shard's first thousand scenes.
+    """
     target = scenes.with_name(scenes.name.replace("scenes", "latents"))
     if target.exists():
         return
     rows = np.load(scenes, mmap_mode="r")
-    parts = []
+    latents, maps = [], []
     for start in range(0, len(rows), 100):
         images, _ = split_row(torch.from_numpy(np.array(rows[start : start + 100])))
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            parts.append(vae.encode(images).latent_dist.mode().float() * scale)
-    temporary = target.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, torch.cat(parts).half().numpy())
-    temporary.rename(target)
+            latents.append(vae.encode(images).latent_dist.mode().float() * scale)
+            maps.append(teacher.features(images)[-1].half())
+    first = torch.cat(maps[:10]).float()
+    middle, spread = first.mean((0, 2, 3), keepdim=True), first.std((0, 2, 3), keepdim=True)
+    maps = [((each - middle) / (spread + 1e-3)).half() for each in maps]
+    # The latents last: where they are, the maps are complete.
+    guides = scenes.with_name(scenes.name.replace("scenes", "guides"))
+    for path, parts in ((guides, maps), (target, latents)):
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.save(file, torch.cat(parts).half().numpy())
+        temporary.rename(path)
 
 
 def encode_latents(options: argparse.Namespace) -> None:
@@ -190,8 +233,9 @@ def encode_latents(options: argparse.Namespace) -> None:
             deviation = vae.encode(images).latent_dist.mode().std()
         record.write_text(json.dumps({"scaling_factor": round(1 / float(deviation), 5)}))
     scale = json.loads(record.read_text())["scaling_factor"]
+    teacher = load_teacher(options.out).to(memory_format=torch.channels_last)
     for scenes in first:
-        encode_shard(vae, scenes, scale)
+        encode_shard(vae, teacher, scenes, scale)
 
 
 def train_unet(options: argparse.Namespace) -> None:
@@ -212,8 +256,10 @@ def train_unet(options: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the stage and run it."""
     stages = {
-        "classifier": train_classifier,
+        "teacher": train_teacher,
+        "judge": train_judge,
         "vae": train_vae,
+        "decoder": train_decoder,
         "latents": encode_latents,
         "clip": train_clip,
         "unet": train_unet,

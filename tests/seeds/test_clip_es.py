@@ -28,8 +28,10 @@ def images() -> Tensor:
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def hooked_cam(clip: Any, image: Tensor, texts: Tensor, index: int, pooling: str) -> Tensor:
-    """Grad-CAM of one class of one image by hooks, through open_clip's own forward pass."""
+def hooked_cam(
+    clip: Any, image: Tensor, texts: Tensor, index: int, pooling: str, weights: str
+) -> Tensor:
+    """Grad-CAM or HiResCAM of one class by hooks, through open_clip's own forward pass."""
     kept: list[Tensor] = []
 
     def keep(_module: object, _inputs: object, output: Tensor) -> Tensor:
@@ -49,27 +51,29 @@ def hooked_cam(clip: Any, image: Tensor, texts: Tensor, index: int, pooling: str
     clip.visual.output_tokens = False
     assert kept[0].grad is not None
     gradient, activation = kept[0].grad[0, 1:], kept[0].detach()[0, 1:]
-    cam = (activation * gradient.mean(0)).sum(1).clamp(min=0).reshape(4, 4)
+    channels = gradient.mean(0) if weights == "mean" else gradient
+    cam = (activation * channels).sum(1).clamp(min=0).reshape(4, 4)
     for _ in range(2):
         cam = cam - cam.min()
         cam = cam / (cam.max() + 1e-7)
     return cam
 
 
+@pytest.mark.parametrize("weights", ["mean", "elementwise"])
 @pytest.mark.parametrize("pooling", ["patches", "class_token"])
 def test_gradcam_agrees_with_hooks_on_the_models_own_pass(
-    clip: Any, images: Tensor, pooling: Any
+    clip: Any, images: Tensor, pooling: Any, weights: Any
 ) -> None:
     classes, words = unit(4, 1), unit(3, 2)
     present = torch.tensor([[True, False, True, False], [False, True, True, True]])
-    maps = gradcam_maps(clip, images, classes, present, words, pooling)
+    maps = gradcam_maps(clip, images, classes, present, words, pooling, channel_weights=weights)
     assert maps.owner.tolist() == [0, 0, 1, 1, 1]
     assert maps.class_index.tolist() == [0, 2, 1, 2, 3]
     for found, owner, index in zip(maps.maps, maps.owner, maps.class_index, strict=True):
         own = present[owner].nonzero()[:, 0].tolist()
         texts = torch.cat([classes[own], words])
         place = own.index(int(index))
-        expected = hooked_cam(clip, images[owner : owner + 1], texts, place, pooling)
+        expected = hooked_cam(clip, images[owner : owner + 1], texts, place, pooling, weights)
         assert torch.allclose(found, expected, atol=1e-4)
         assert found.max() > 0.9
 

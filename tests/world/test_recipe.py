@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.world import data, export, train
 from g4seg_pl.world.autoencoder import build_autoencoder, colour_loss
 from g4seg_pl.world.check import Gate, _peaks_inside, report
+from g4seg_pl.world.classifier import SceneClassifier, disturbed
+from g4seg_pl.world.clip import fused
+from g4seg_pl.world.folders import GENERATOR
 from g4seg_pl.world.scenes import CLASS_NAMES
 from g4seg_pl.world.unet import UNetTask, build_scheduler, draw_caption
 
@@ -37,9 +41,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "SHARD", 80)
         patch.setattr(train, "held_out", lambda split, count: data.held_out(split, 8))
-        for stage in (train.train_classifier, train.train_vae, train.encode_latents):
+        for stage in (train.train_teacher, train.train_vae, train.encode_latents):
             stage(options)
         train.train_clip(options)
+        train.train_judge(options)
         train.train_unet(options)
         options.steps = 3
         train.train_unet(options)
@@ -55,6 +60,30 @@ def test_scaled_latents_have_unit_deviation(trained: argparse.Namespace) -> None
     latents = np.load(trained.cache / "latents_000.npy").astype(np.float32)
     assert latents.shape[1:] == (4, 16, 16)
     assert latents.std() == pytest.approx(1, abs=0.1)
+
+
+def test_guides_are_the_teachers_standardised_maps(trained: argparse.Namespace) -> None:
+    guides = np.load(trained.cache / "guides_000.npy").astype(np.float32)
+    rows = torch.from_numpy(np.load(trained.cache / "scenes_000.npy"))
+    with torch.inference_mode():
+        maps = train.load_teacher(trained.out).features(data.split_row(rows)[0])[-1]
+    maps = (maps - maps.mean((0, 2, 3), keepdim=True)) / (maps.std((0, 2, 3), keepdim=True) + 1e-3)
+    # The recipe computes them in bf16.
+    assert np.abs(guides - maps.numpy()).mean() < 0.05
+
+
+def test_decoder_stage_leaves_the_latents_alone(trained: argparse.Namespace) -> None:
+    options = argparse.Namespace(**{**vars(trained), "steps": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "held_out", lambda split, count: data.held_out(split, 8))
+        options.out = trained.out / "elsewhere"
+        train.train_decoder(options)
+    after = train.load_vae(options.out).state_dict()
+    published = AutoencoderKL.from_pretrained(GENERATOR, subfolder="vae").state_dict()
+    kept = [name for name in after if name.startswith(("encoder", "quant_conv"))]
+    assert kept
+    assert all(torch.equal(after[name], published[name]) for name in kept)
+    assert any(not torch.equal(after[name], published[name]) for name in after)
 
 
 def test_generator_folder_is_one_that_diffusers_loads(
@@ -92,9 +121,29 @@ def test_training_goes_on_from_published_weights(
     task.start_from(tmp_path)
     published = export.averaged_model(trained.out, train.load_tokenizer(trained.out))
     for ours in (task.model, task.average.module):
-        for name, weight in published.named_parameters():
+        shared = [pair for pair in published.named_parameters() if "guide" not in pair[0]]
+        for name, weight in shared:
             # The U-Net is published as float16.
             assert torch.allclose(dict(ours.named_parameters())[name], weight, atol=1e-3)
+
+
+def test_fused_teacher_sees_the_same() -> None:
+    teacher = SceneClassifier()
+    for norm in [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]:
+        torch.nn.init.normal_(norm.running_mean)
+        torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        expected = teacher.eval()(images)
+        found = fused(teacher)(images.bfloat16()).float()
+    assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))
+
+
+def test_disturbed_pictures_stay_pictures_and_half_are_untouched() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(160, 3, 16, 16) * 2 - 1
+    changed = (disturbed(images) != images).flatten(1).any(1)
+    assert 0.2 < changed.float().mean() < 0.8
 
 
 def test_clip_folder_is_one_that_open_clip_loads(
