@@ -33,13 +33,13 @@ COMMANDS = {
     "demo": Command("g4seg_pl.world.demo:demo", "refine coarse masks of the embedded world"),
     "evaluate": Command("g4seg_pl.evaluation.evaluate:evaluate", "score a folder of label files"),
     "prepare": Command("g4seg_pl.world.prepare:prepare", "write scenes as a VOCdevkit tree"),
-    "convert": Command("datamodules.convert:convert", "convert seed files between dialects"),
     "compare": Command("g4seg_pl.lab.compare:compare", "refiners and chains in one table"),
     "check": Command("datamodules.check:check", "check a data set and its seeds without a model"),
 }
 
 # Commands with a parser of their own: module, function, help.
 OWN_PARSERS = {
+    "convert": Command("datamodules.convert:main", "convert seed files between dialects"),
     "paper": Command("g4seg_pl.lab.paper:main", "a table of the paper beside the measured one"),
     "train": Command("g4seg_pl.segmentation.cli:main", "train a network on the result"),
 }

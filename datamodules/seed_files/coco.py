@@ -7,7 +7,7 @@ Either a data set (`{images, annotations, categories}`) or a list of results
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -113,6 +113,11 @@ class CocoFile:
         self._categories = {int(row["id"]): str(row["name"]) for row in full.get("categories", [])}
         images = full.get("images", [])
         self._numbers = {Path(row["file_name"]).stem: int(row["id"]) for row in images}
+        self._sizes = {
+            int(row["id"]): (int(row["height"]), int(row["width"]))
+            for row in images
+            if "height" in row and "width" in row
+        }
         self._masks: dict[int, list[CocoMask]] = defaultdict(list)
         for row in full["annotations"]:
             score = float(row.get("score", 1.0))
@@ -136,6 +141,41 @@ class CocoFile:
             problem = f"unknown class {name!r}"
             raise bad_item(self._path, problem, "Add it to the class list as a class or synonym")
         return class_id
+
+    def names(self, images: Collection[str] = ()) -> list[str]:
+        """Image ids that have masks: of the file's own images, or of the given ones.
+
+        Args:
+            images: ids of pictures, for lists of results, which number images without naming them.
+
+        Raises:
+            ConfigurationError: masks of images that nothing names.
+        """
+        named = [name for name in (self._numbers or images) if self._number(name) in self._masks]
+        lost = set(self._masks) - {self._number(name) for name in named}
+        if lost:
+            message = (
+                f"{self._path}: {len(lost)} images, among them {sorted(lost)[:3]}, have masks but "
+                "no name: give the folder of images"
+            )
+            raise ConfigurationError(message)
+        return sorted(named)
+
+    def size(self, image_id: str) -> tuple[int, int]:
+        """Height and width of an image, from its entry or its run lengths.
+
+        Raises:
+            BadItemError: neither says it.
+        """
+        masks, number = self.masks(image_id), self._number(image_id)
+        if number in self._sizes:
+            return self._sizes[number]
+        for mask in masks:
+            if isinstance(mask.segmentation, Mapping) and len(mask.segmentation["size"]) == 2:
+                height, width = mask.segmentation["size"]
+                return int(height), int(width)
+        problem = f"it does not say how large image {image_id} is"
+        raise bad_item(self._path, problem, "Give the folder of images")
 
     def masks(self, image_id: str) -> list[CocoMask]:
         """The masks of an image, not decoded; BadItemError if there is none."""
