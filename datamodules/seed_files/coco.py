@@ -33,11 +33,13 @@ class CocoMask:
         category: category id, as in the file.
         segmentation: run lengths or polygons, not yet decoded.
         score: 1 where the file gives none.
+        crowd: a region of many things that were not told apart.
     """
 
     category: int
     segmentation: object
     score: float
+    crowd: bool = False
 
 
 def mask_tools() -> ModuleType:
@@ -121,7 +123,8 @@ class CocoFile:
         self._masks: dict[int, list[CocoMask]] = defaultdict(list)
         for row in full["annotations"]:
             score = float(row.get("score", 1.0))
-            mask = CocoMask(int(row["category_id"]), row["segmentation"], score)
+            crowd = bool(row.get("iscrowd", 0))
+            mask = CocoMask(int(row["category_id"]), row["segmentation"], score, crowd)
             self._masks[int(row["image_id"])].append(mask)
 
     def _number(self, image_id: str) -> int | None:
@@ -131,7 +134,47 @@ class CocoFile:
         digits = image_id.rpartition("_")[2]
         return int(digits) if digits.isdecimal() else None
 
-    def _class_id(self, category: int) -> int:
+    @property
+    def images(self) -> dict[str, tuple[int, int]]:
+        """Height and width of every image that the file lists, with masks or without, by id.
+
+        Raises:
+            ConfigurationError: it lists none, or one without its size.
+        """
+        unsized = [name for name, number in self._numbers.items() if number not in self._sizes]
+        if unsized or not self._numbers:
+            what = f"no size for {unsized[:3]}" if unsized else "no images"
+            message = f"{self._path}: {what}; give COCO's instances JSON"
+            raise ConfigurationError(message)
+        return {name: self._sizes[number] for name, number in self._numbers.items()}
+
+    def categories(self, image_id: str) -> set[int]:
+        """Category ids of an image's masks; empty without masks."""
+        return {mask.category for mask in self._found(image_id)}
+
+    def _found(self, image_id: str) -> list[CocoMask]:
+        number = self._number(image_id)
+        return [] if number is None else self._masks.get(number, [])
+
+    def class_masks(
+        self, image_id: str, size: tuple[int, int]
+    ) -> list[tuple[int, CocoMask, NDArray[np.bool_]]]:
+        """Label value, entry and decoded mask of everything in an image; empty without masks.
+
+        Raises:
+            BadItemError: an unknown class or an unreadable segmentation.
+        """
+        return [
+            (self.class_id(mask.category), mask, decode(mask.segmentation, size, self._path))
+            for mask in self._found(image_id)
+        ]
+
+    def class_id(self, category: int) -> int:
+        """Label value of a category.
+
+        Raises:
+            BadItemError: the class list does not have it.
+        """
         if not self._categories:
             coco91 = self._options.category_ids == "coco91"
             return to_contiguous((category,), self._path)[0] if coco91 else category
@@ -197,7 +240,7 @@ class CocoFile:
         """
         maps: dict[int, NDArray[np.float32]] = {}
         for mask in self.masks(image_id):
-            class_id = self._class_id(mask.category)
+            class_id = self.class_id(mask.category)
             pixels = decode(mask.segmentation, size, self._path) * np.float32(mask.score)
             maps[class_id] = np.maximum(maps.get(class_id, 0), pixels, dtype=np.float32)
         ids = tuple(sorted(maps))

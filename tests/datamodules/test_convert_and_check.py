@@ -209,6 +209,7 @@ def test_check_of_a_sound_data_set(voc: Path, capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert "2 images, 2 with ground truth, 0 unusable" in shown
     assert "2 person" in shown
+    assert "seeds are read as clip_es" in shown
     assert "about 2.0 h" in shown
 
 
