@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datamodules.labels import LabelSource
     from datamodules.seed_files.maps import ReadOptions
     from datamodules.seed_files.source import SeedSource
+    from datamodules.seed_files.writing import WritableDialect
     from g4seg_pl.types import Seed
 
 SourceDialect = Literal[
@@ -44,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("out_dir", type=str, help="folder to write to")
     parser.add_argument("--from", type=SourceDialect, default="auto", help="dialect to read")
     parser.add_argument("--to", type=TargetDialect, default="npz", help="dialect to write")
-    named = {"in_dir", "out_dir", "from_dialect", "to_dialect"}
+    named: set[str | int] = {"in_dir", "out_dir", "from_dialect", "to_dialect"}
     parser.add_function_arguments(convert, skip=named)
     # jsonargparse 4.49 renamed it.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
@@ -164,7 +165,7 @@ class _Files:
     """One file an image."""
 
     folder: Path
-    dialect: TargetDialect
+    dialect: "WritableDialect"
     classes: int
     background: float | None
     stride: int
@@ -184,7 +185,7 @@ class _Files:
             self.folder / f"{name}{suffix(self.dialect)}",
             seed.class_ids,
             scores.numpy(),
-            self.dialect,  # type: ignore[arg-type]  # coco has a target of its own
+            self.dialect,
             classes=self.classes,
             background=self.background,
             image_size=(height, width) if self.stride > 1 else None,
@@ -234,8 +235,9 @@ def _target(
     stride: int,
     names: list[str],
 ) -> _Target:
-    if dialect == "coco" and background is not None:
-        return _CocoFile(folder / COCO_FILE, classes, background, names)
+    if dialect == "coco":
+        # Never None here: `_check` has refused that.
+        return _CocoFile(folder / COCO_FILE, classes, background or 0.0, names)
     return _Files(folder, dialect, len(classes), background, stride)
 
 

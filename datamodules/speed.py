@@ -47,7 +47,7 @@ def example(index: int, size: tuple[int, int]) -> NDArray[np.float32]:
     """Two smooth maps ``(2, H, W)`` with flat grounds, as activation maps have them."""
     rows, columns = np.mgrid[: size[0], : size[1]].astype(np.float32)
     wave = [np.sin(rows / (30 + index + 9 * k)) * np.cos(columns / (41 + index)) for k in range(2)]
-    return np.clip(np.stack(wave), 0, 1).astype(np.float32)
+    return np.asarray(np.clip(np.stack(wave), 0, 1), dtype=np.float32)
 
 
 def reading_speed(
@@ -150,7 +150,7 @@ def share_of_waiting(model: "pl.LightningModule", data: "SeedDataModule") -> flo
     )
     trainer.predict(model, datamodule=data, return_predictions=False)
     total = time.monotonic() - clock.began
-    waits = profiler.recorded_durations["[_PredictionLoop].predict_next"][left_out:]
+    waits: list[float] = profiler.recorded_durations["[_PredictionLoop].predict_next"][left_out:]
     return sum(waits) / total
 
 

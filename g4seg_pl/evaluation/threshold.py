@@ -70,17 +70,18 @@ def otsu(data: "SeedDataModule", json: Path | None = None) -> float:
         best = sample.seed.scores.numpy().max(axis=0)
         histogram += np.histogram(best, BINS, (0, 1))[0]
         count += 1
+    threshold = otsu_threshold(histogram)
     found = {
         "rule": "otsu",
         "ground_truth": "not used",
-        "threshold": otsu_threshold(histogram),
+        "threshold": threshold,
         "images": count,
         "seeds": str(data.seeds),
         "split": str(getattr(data, "split", None)),
     }
     _tell(found, json)
-    print(f"use it with --model.background.init_args.value {found['threshold']:g}")
-    return float(found["threshold"])
+    print(f"use it with --model.background.init_args.value {threshold:g}")
+    return threshold
 
 
 def sweep(

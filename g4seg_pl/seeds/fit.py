@@ -103,8 +103,8 @@ def main(args: Sequence[str]) -> int:
     if not cli.trainer.is_global_zero:
         return 0
     failed: dict[str, str] = getattr(cli.model, "failed", {})
-    for image_id, error in failed.items():
-        print(f"failed {image_id}: {error}", file=sys.stderr)
+    for image_id, problem in failed.items():
+        print(f"failed {image_id}: {problem}", file=sys.stderr)
     print(f"weights: {Path(cli.trainer.default_root_dir) / CHECKPOINT}.ckpt")
     return 1 if failed else 0
 

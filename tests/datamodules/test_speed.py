@@ -24,5 +24,6 @@ def test_bytes_per_image_are_those_of_half_precision() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
 def test_a_prediction_hardly_waits_for_data() -> None:
     assert wait(count=10, num_workers=2) < 0.05
