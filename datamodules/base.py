@@ -18,7 +18,7 @@ from datamodules.sampling import ProcessSampler
 from datamodules.seed_files.maps import Dialect, ReadOptions
 from datamodules.seed_files.source import SeedSource, open_seeds
 from datamodules.truth import TruthOptions
-from g4seg_pl.types import ConfigurationError, FailedSample, Sample
+from g4seg_pl.types import BadItemError, ConfigurationError, FailedSample, Sample
 
 
 class SeedDataModule(LightningDataModule, ABC):
@@ -136,6 +136,16 @@ class SeedDataModule(LightningDataModule, ABC):
         listed = self._listed or ()
         return tuple(item for item in listed if item.image_id not in self._excluded)
 
+    def seed_dialect(self) -> Dialect | None:
+        """The dialect that is forced, or that of the first seed; None without seeds."""
+        seeds = self.reader.seeds
+        for item in self.items if seeds else ():
+            try:
+                return seeds.dialect_of(item.image_id) if seeds else None
+            except (BadItemError, OSError):
+                continue  # its own complaint is made where the item is read
+        return None
+
     def exclude(self, ids: Collection[str]) -> None:
         """Leaves out items that are finished already; to be called before a loader is made.
 
@@ -149,6 +159,20 @@ class SeedDataModule(LightningDataModule, ABC):
     def predict_dataloader(self) -> DataLoader[Sample | FailedSample]:
         """All items, without ground truth; of several processes each gets its own part."""
         return self._loader(with_truth=False, sampler=self._own_part())
+
+    def train_dataloader(self) -> DataLoader[Sample | FailedSample]:
+        """All items in another order each epoch, for models trained on image-level labels.
+
+        An incomplete last batch is left out, unless it is the only one.
+        """
+        return DataLoader(
+            ItemDataset(self.items, self.reader, with_truth=False),
+            batch_size=self.batch_size,
+            shuffle=True,
+            num_workers=self.num_workers,
+            collate_fn=list,
+            drop_last=len(self.items) > self.batch_size,
+        )
 
     def test_dataloader(self) -> DataLoader[Sample | FailedSample]:
         """All items with ground truth.

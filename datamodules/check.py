@@ -22,17 +22,20 @@ class CheckReport:
         with_truth: how many of them have a ground-truth file.
         complaints: what is missing or unreadable, by image id.
         histogram: images per class name; empty where neither labels nor a full check tell.
+        dialect: of the seeds: the one that is forced, or that of the first file that has one.
     """
 
     images: int
     with_truth: int
     complaints: dict[str, tuple[str, ...]]
     histogram: dict[str, int]
+    dialect: str | None = None
 
     def lines(self, seconds_per_image: float | None = None) -> list[str]:
         """The report as text, with the time a run will take where a speed is given."""
         counts = f"{self.images} images, {self.with_truth} with ground truth"
         text = [f"{counts}, {len(self.complaints)} unusable"]
+        text += [f"seeds are read as {self.dialect}"] if self.dialect else []
         for complaint in [line for lines in self.complaints.values() for line in lines][:SHOWN]:
             text.append(f"  {complaint}")
         if len(self.complaints) > SHOWN:
@@ -66,7 +69,7 @@ def inspect(data: "SeedDataModule", *, truth: bool = False, full: bool = False) 
     names = data.class_list.names
     histogram = {names[class_id - 1]: counts[class_id] for class_id in sorted(counts)}
     truths = sum(item.truth is not None and item.truth.is_file() for item in data.items)
-    return CheckReport(len(data.items), truths, complaints, histogram)
+    return CheckReport(len(data.items), truths, complaints, histogram, data.seed_dialect())
 
 
 def _inspect(

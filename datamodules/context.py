@@ -13,7 +13,9 @@ class ContextDataModule(VOCDataModule):
     """VOCdevkit/VOC2010: JPEGImages, SegmentationClassContext, ImageSets/SegmentationContext.
 
     Label values are 1 to 59; 0 is everything else: the background (60 label values), or ignored
-    (59). For the 459 classes give their list as `class_names`; they do not fit an 8-bit truth.
+    (59). With `class_names=context459` seeds of all 459 classes are read (16-bit label images, or
+    any other dialect) and converted; label values beyond 254 fit no 8-bit truth or mask file, so
+    that such runs are neither scored nor refined.
 
     Args:
         root: VOC2010 itself, VOCdevkit, or the folder above.

@@ -1,21 +1,57 @@
 """`g4seg convert`: seeds of any dialect into any other."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 # Only typing here: the command line's help must not wait for NumPy and torch.
 if TYPE_CHECKING:
     from datamodules.classes import ClassList
     from datamodules.labels import LabelSource
     from datamodules.seed_files.maps import ReadOptions
+    from datamodules.seed_files.source import SeedSource
+    from datamodules.seed_files.writing import WritableDialect
     from g4seg_pl.types import Seed
 
 SourceDialect = Literal[
     "auto", "clip_es", "irn", "seam", "seam_crf", "weaktr", "mat", "png", "npz", "npy", "coco"
 ]
-TargetDialect = Literal["clip_es", "irn", "seam", "seam_crf", "mat", "png", "npz", "npy"]
+TargetDialect = Literal[
+    "clip_es", "irn", "seam", "seam_crf", "weaktr", "mat", "png", "npz", "npy", "coco"
+]
+COCO_FILE = "seeds.json"
+"""Name of the one file that `--to coco` writes."""
+
+HARD = ("png", "coco")
+"""Dialects that hold labels, not scores."""
+
+
+def main(words: Sequence[str]) -> int:
+    """The command line: `g4seg convert --from auto --to clip_es IN_DIR OUT_DIR`.
+
+    Args:
+        words: the arguments.
+
+    Returns:
+        Exit code of `convert`.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="g4seg convert", description="Convert seeds between dialects.")
+    parser.add_argument("in_dir", type=str, help="folder of seed files, or one COCO JSON file")
+    parser.add_argument("out_dir", type=str, help="folder to write to")
+    parser.add_argument("--from", type=SourceDialect, default="auto", help="dialect to read")
+    parser.add_argument("--to", type=TargetDialect, default="npz", help="dialect to write")
+    named: set[str | int] = {"in_dir", "out_dir", "from_dialect", "to_dialect"}
+    parser.add_function_arguments(convert, skip=named)
+    # jsonargparse 4.49 renamed it.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    given = instantiate(parser.parse_args(list(words))).as_dict()
+    dialects = {"from_dialect": given.pop("from"), "to_dialect": given.pop("to")}
+    return convert(**dialects, **given)
 
 
 def convert(
@@ -36,12 +72,14 @@ def convert(
         in_dir: folder of seed files, or one COCO JSON file.
         out_dir: folder to write to, made if needed; files of the same name are replaced.
         from_dialect: dialect to read; `auto` detects it file by file.
-        to_dialect: dialect to write; `npz` is the smallest and says which classes it holds.
+        to_dialect: dialect to write; `npz` is the smallest and says which classes it holds;
+            `coco` is one file, seeds.json.
         class_names: class list, a file or the name of a bundled one.
-        images: folder of the images. Sizes are compared with it; COCO JSON, and seeds stored
-            smaller than their images (IRN's `cam`, reduced npz), cannot do without.
+        images: folder of the images. Sizes are compared with it; seeds stored smaller than their
+            images (IRN's `cam`, reduced npz) and COCO files that do not name their images cannot
+            do without.
         labels: file of image-level labels, for plain arrays of present classes.
-        background: score below which a pixel is background; writing `png` needs it.
+        background: score below which a pixel is background; `png` and `coco` need it.
         stride: writes maps smaller by this factor; `npz` only.
         options: what the seed files do not say themselves.
 
@@ -53,67 +91,52 @@ def convert(
     """
     from datamodules.classes import read_class_list
     from datamodules.labels import FileLabels
+    from datamodules.seed_files.source import open_seeds
 
     _check(to_dialect, background, stride)
     classes = read_class_list(class_names)
     label_source = FileLabels(Path(labels), classes) if labels else None
-    read = _reader(Path(in_dir), from_dialect, classes, images, options)
-    write = partial(
-        _write,
-        Path(out_dir),
-        to_dialect,
-        classes=len(classes),
-        background=background,
-        stride=stride,
-    )
-    names = _names(Path(in_dir), images)
-    return _convert_all(names, partial(_labelled, read, label_source), write, to_dialect)
+    seeds = open_seeds(Path(in_dir), classes, from_dialect, options)
+    names = seeds.names(_image_names(images))
+    target = _target(Path(out_dir), to_dialect, classes, background, stride, names)
+    status = _convert_all(names, partial(_labelled, _reader(seeds, images), label_source), target)
+    read = ", ".join(f"{count} as {dialect}" for dialect, count in sorted(seeds.seen.items()))
+    print(f"read {read or 'nothing'}; {target.told()} as {to_dialect}")
+    return status
 
 
 def _check(to_dialect: TargetDialect, background: float | None, stride: int) -> None:
     from g4seg_pl.types import ConfigurationError
 
-    if to_dialect == "png" and background is None:
-        message = "background: None; a label image needs the score below which it is background"
+    if to_dialect in HARD and background is None:
+        message = f"background: None; {to_dialect} needs the score below which it is background"
         raise ConfigurationError(message)
     if stride < 1 or (stride > 1 and to_dialect != "npz"):
         message = f"stride: {stride} with {to_dialect}; only npz says that its maps are reduced"
         raise ConfigurationError(message)
 
 
-def _names(source: Path, images: str | None) -> list[str]:
-    """Image ids: the seed files of a folder; for a COCO JSON file, the images."""
+def _image_names(images: str | None) -> list[str]:
     from datamodules.items import IMAGE_SUFFIXES
-    from datamodules.seed_files.reading import SUFFIXES
+    from datamodules.layout import first_folder
 
-    folder, suffixes = (
-        (source, SUFFIXES) if source.is_dir() else (Path(images or ""), IMAGE_SUFFIXES)
-    )
-    return sorted({path.stem for path in folder.iterdir() if path.suffix in suffixes})
+    if images is None:
+        return []
+    folder = first_folder("images", [Path(images)])
+    return [path.stem for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES]
 
 
 def _reader(
-    source: Path,
-    dialect: SourceDialect,
-    classes: "ClassList",
-    images: str | None,
-    options: "ReadOptions | None",
+    seeds: "SeedSource", images: str | None
 ) -> Callable[[str, tuple[int, ...] | None], "Seed"]:
     """Reads the seed of an id, at the size of its image or else at its own."""
     from datamodules.images import header_size
     from datamodules.items import find_image
-    from datamodules.layout import first_folder
-    from datamodules.seed_files.source import SeedFolder, open_seeds
-    from g4seg_pl.types import ConfigurationError
 
-    seeds = open_seeds(source, classes, dialect, options)
-    if images is not None:
-        folder = first_folder("images", [Path(images)])
-        return lambda name, labels: seeds.read(name, header_size(find_image(folder, name)), labels)
-    if isinstance(seeds, SeedFolder):
+    if images is None:
         return seeds.read_unsized
-    message = f"images: None; {source} does not say how large its images are"
-    raise ConfigurationError(message)
+    folder = Path(images)
+    return lambda name, labels: seeds.read(name, header_size(find_image(folder, name)), labels)
 
 
 def _labelled(
@@ -124,51 +147,111 @@ def _labelled(
     return read(name, labels.read(name) if labels else None)
 
 
-def _write(
+class _Target(Protocol):
+    """Where converted seeds go."""
+
+    def write(self, name: str, seed: "Seed") -> None:
+        """Takes one seed."""
+
+    def close(self) -> None:
+        """Finishes what one file holds together."""
+
+    def told(self) -> str:
+        """What was written, in words."""
+
+
+@dataclass
+class _Files:
+    """One file an image."""
+
+    folder: Path
+    dialect: "WritableDialect"
+    classes: int
+    background: float | None
+    stride: int
+    written: int = 0
+    size: int = 0
+
+    def write(self, name: str, seed: "Seed") -> None:
+        from torch.nn.functional import interpolate
+
+        from datamodules.seed_files.writing import suffix, write_seed
+
+        scores, height, width = seed.scores, seed.scores.shape[1], seed.scores.shape[2]
+        if self.stride > 1:
+            size = (-(-height // self.stride), -(-width // self.stride))
+            scores = interpolate(scores[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+        self.size += write_seed(
+            self.folder / f"{name}{suffix(self.dialect)}",
+            seed.class_ids,
+            scores.numpy(),
+            self.dialect,
+            classes=self.classes,
+            background=self.background,
+            image_size=(height, width) if self.stride > 1 else None,
+        )
+        self.written += 1
+
+    def close(self) -> None:
+        """Every file is whole already."""
+
+    def told(self) -> str:
+        return f"wrote {self.written}, {self.size // max(self.written, 1)} bytes per image"
+
+
+@dataclass
+class _CocoFile:
+    """One JSON file for all images."""
+
+    path: Path
+    classes: "ClassList"
+    background: float
+    names: list[str]
+    written: int = 0
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        from datamodules.seed_files.coco_writing import CocoWriter
+
+        self.writer = CocoWriter(self.path, self.classes, self.background, self.names)
+
+    def write(self, name: str, seed: "Seed") -> None:
+        self.writer.write(name, seed.class_ids, seed.scores.numpy())
+        self.written += 1
+
+    def close(self) -> None:
+        self.size = self.writer.close()
+
+    def told(self) -> str:
+        each = self.size // max(self.written, 1)
+        return f"wrote {self.written} into {self.path.name}, {each} bytes per image"
+
+
+def _target(
     folder: Path,
     dialect: TargetDialect,
-    name: str,
-    seed: "Seed",
-    *,
-    classes: int,
+    classes: "ClassList",
     background: float | None,
     stride: int,
-) -> int:
-    """Writes one seed; returns the bytes."""
-    from torch.nn.functional import interpolate
-
-    from datamodules.seed_files.writing import suffix, write_seed
-
-    scores, height, width = seed.scores, seed.scores.shape[1], seed.scores.shape[2]
-    if stride > 1:
-        size = (-(-height // stride), -(-width // stride))
-        scores = interpolate(scores[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-    return write_seed(
-        folder / f"{name}{suffix(dialect)}",
-        seed.class_ids,
-        scores.numpy(),
-        dialect,
-        classes=classes,
-        background=background,
-        image_size=(height, width) if stride > 1 else None,
-    )
-
-
-def _convert_all(
     names: list[str],
-    read: Callable[[str], "Seed"],
-    write: Callable[[str, "Seed"], int],
-    dialect: str,
-) -> int:
+) -> _Target:
+    if dialect == "coco":
+        # Never None here: `_check` has refused that.
+        return _CocoFile(folder / COCO_FILE, classes, background or 0.0, names)
+    return _Files(folder, dialect, len(classes), background, stride)
+
+
+def _convert_all(names: list[str], read: Callable[[str], "Seed"], target: _Target) -> int:
     from g4seg_pl.types import BadItemError
 
-    written: list[int] = []
+    outcome: Counter[bool] = Counter()
     for name in names:
         try:
-            written.append(write(name, read(name)))
+            target.write(name, read(name))
+            outcome[True] += 1
         except (BadItemError, OSError, ValueError) as error:
             print(f"skipped {error}")
-    skipped = len(names) - len(written)
-    each = sum(written) // max(len(written), 1)
-    print(f"converted {len(written)}, skipped {skipped}, {each} bytes per image as {dialect}")
-    return 0 if written and not skipped else 1
+            outcome[False] += 1
+    target.close()
+    print(f"converted {outcome[True]}, skipped {outcome[False]}")
+    return 0 if outcome[True] and not outcome[False] else 1

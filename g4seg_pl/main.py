@@ -32,15 +32,20 @@ class Command:
 COMMANDS = {
     "demo": Command("g4seg_pl.world.demo:demo", "refine coarse masks of the embedded world"),
     "evaluate": Command("g4seg_pl.evaluation.evaluate:evaluate", "score a folder of label files"),
-    "prepare": Command("g4seg_pl.world.prepare:prepare", "write scenes as a VOCdevkit tree"),
-    "convert": Command("datamodules.convert:convert", "convert seed files between dialects"),
     "compare": Command("g4seg_pl.lab.compare:compare", "refiners and chains in one table"),
     "check": Command("datamodules.check:check", "check a data set and its seeds without a model"),
 }
 
 # Commands with a parser of their own: module, function, help.
 OWN_PARSERS = {
+    "prepare": Command("g4seg_pl.prepare:main", "write COCO's label images, or scenes as VOC"),
+    "convert": Command("datamodules.convert:main", "convert seed files between dialects"),
     "paper": Command("g4seg_pl.lab.paper:main", "a table of the paper beside the measured one"),
+    "fit": Command("g4seg_pl.seeds.fit:main", "train the classifier behind activation maps"),
+    "threshold": Command(
+        "g4seg_pl.evaluation.threshold:main",
+        "a background threshold without ground truth, or swept",
+    ),
     "train": Command("g4seg_pl.segmentation.cli:main", "train a network on the result"),
 }
 

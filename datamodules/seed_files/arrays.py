@@ -1,6 +1,6 @@
 """Plain arrays: `.npy` or `.npz` of ``(C, H, W)`` probabilities or logits.
 
-An `.npz` may say which classes it holds: `{class_ids: label values, scores: (K, h, w)}`, the
+An `.npz` may say which classes it holds: `{class_ids: label values, foreground: (K, h, w)}`, the
 dialect `npz` writes, and `image_size: (H, W)` where the maps are stored smaller than the image.
 """
 

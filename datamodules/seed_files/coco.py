@@ -7,7 +7,7 @@ Either a data set (`{images, annotations, categories}`) or a list of results
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -33,11 +33,13 @@ class CocoMask:
         category: category id, as in the file.
         segmentation: run lengths or polygons, not yet decoded.
         score: 1 where the file gives none.
+        crowd: a region of many things that were not told apart.
     """
 
     category: int
     segmentation: object
     score: float
+    crowd: bool = False
 
 
 def mask_tools() -> ModuleType:
@@ -113,10 +115,16 @@ class CocoFile:
         self._categories = {int(row["id"]): str(row["name"]) for row in full.get("categories", [])}
         images = full.get("images", [])
         self._numbers = {Path(row["file_name"]).stem: int(row["id"]) for row in images}
+        self._sizes = {
+            int(row["id"]): (int(row["height"]), int(row["width"]))
+            for row in images
+            if "height" in row and "width" in row
+        }
         self._masks: dict[int, list[CocoMask]] = defaultdict(list)
         for row in full["annotations"]:
             score = float(row.get("score", 1.0))
-            mask = CocoMask(int(row["category_id"]), row["segmentation"], score)
+            crowd = bool(row.get("iscrowd", 0))
+            mask = CocoMask(int(row["category_id"]), row["segmentation"], score, crowd)
             self._masks[int(row["image_id"])].append(mask)
 
     def _number(self, image_id: str) -> int | None:
@@ -126,7 +134,47 @@ class CocoFile:
         digits = image_id.rpartition("_")[2]
         return int(digits) if digits.isdecimal() else None
 
-    def _class_id(self, category: int) -> int:
+    @property
+    def images(self) -> dict[str, tuple[int, int]]:
+        """Height and width of every image that the file lists, with masks or without, by id.
+
+        Raises:
+            ConfigurationError: it lists none, or one without its size.
+        """
+        unsized = [name for name, number in self._numbers.items() if number not in self._sizes]
+        if unsized or not self._numbers:
+            what = f"no size for {unsized[:3]}" if unsized else "no images"
+            message = f"{self._path}: {what}; give COCO's instances JSON"
+            raise ConfigurationError(message)
+        return {name: self._sizes[number] for name, number in self._numbers.items()}
+
+    def categories(self, image_id: str) -> set[int]:
+        """Category ids of an image's masks; empty without masks."""
+        return {mask.category for mask in self._found(image_id)}
+
+    def _found(self, image_id: str) -> list[CocoMask]:
+        number = self._number(image_id)
+        return [] if number is None else self._masks.get(number, [])
+
+    def class_masks(
+        self, image_id: str, size: tuple[int, int]
+    ) -> list[tuple[int, CocoMask, NDArray[np.bool_]]]:
+        """Label value, entry and decoded mask of everything in an image; empty without masks.
+
+        Raises:
+            BadItemError: an unknown class or an unreadable segmentation.
+        """
+        return [
+            (self.class_id(mask.category), mask, decode(mask.segmentation, size, self._path))
+            for mask in self._found(image_id)
+        ]
+
+    def class_id(self, category: int) -> int:
+        """Label value of a category.
+
+        Raises:
+            BadItemError: the class list does not have it.
+        """
         if not self._categories:
             coco91 = self._options.category_ids == "coco91"
             return to_contiguous((category,), self._path)[0] if coco91 else category
@@ -136,6 +184,41 @@ class CocoFile:
             problem = f"unknown class {name!r}"
             raise bad_item(self._path, problem, "Add it to the class list as a class or synonym")
         return class_id
+
+    def names(self, images: Collection[str] = ()) -> list[str]:
+        """Image ids that have masks: of the file's own images, or of the given ones.
+
+        Args:
+            images: ids of pictures, for lists of results, which number images without naming them.
+
+        Raises:
+            ConfigurationError: masks of images that nothing names.
+        """
+        named = [name for name in (self._numbers or images) if self._number(name) in self._masks]
+        lost = set(self._masks) - {self._number(name) for name in named}
+        if lost:
+            message = (
+                f"{self._path}: {len(lost)} images, among them {sorted(lost)[:3]}, have masks but "
+                "no name: give the folder of images"
+            )
+            raise ConfigurationError(message)
+        return sorted(named)
+
+    def size(self, image_id: str) -> tuple[int, int]:
+        """Height and width of an image, from its entry or its run lengths.
+
+        Raises:
+            BadItemError: neither says it.
+        """
+        masks, number = self.masks(image_id), self._number(image_id)
+        if number in self._sizes:
+            return self._sizes[number]
+        for mask in masks:
+            if isinstance(mask.segmentation, Mapping) and len(mask.segmentation["size"]) == 2:
+                height, width = mask.segmentation["size"]
+                return int(height), int(width)
+        problem = f"it does not say how large image {image_id} is"
+        raise bad_item(self._path, problem, "Give the folder of images")
 
     def masks(self, image_id: str) -> list[CocoMask]:
         """The masks of an image, not decoded; BadItemError if there is none."""
@@ -157,7 +240,7 @@ class CocoFile:
         """
         maps: dict[int, NDArray[np.float32]] = {}
         for mask in self.masks(image_id):
-            class_id = self._class_id(mask.category)
+            class_id = self.class_id(mask.category)
             pixels = decode(mask.segmentation, size, self._path) * np.float32(mask.score)
             maps[class_id] = np.maximum(maps.get(class_id, 0), pixels, dtype=np.float32)
         ids = tuple(sorted(maps))

@@ -1,6 +1,7 @@
 """Label images: one label value a pixel, 0 the background, 255 ignored.
 
-Decoded by index, never by colour: palettes of the field repeat colours.
+Decoded by index, never by colour: palettes of the field repeat colours. Data sets of more than 254
+classes (PASCAL Context's 459) use 16 bits, where 65535 is ignored and 255 is a class.
 """
 
 from pathlib import Path
@@ -27,18 +28,24 @@ def palette() -> list[int]:
     return [int(value) for value in colours.reshape(-1)]
 
 
-def read(path: Path, options: ReadOptions) -> SeedMaps:
+IGNORE_16 = 65535
+
+
+def read(path: Path, classes: int, options: ReadOptions) -> SeedMaps:
     """Reads a label image as one map per class: 1 on its pixels, 0 elsewhere.
 
     Args:
         path: a PNG of mode P, L or I;16.
+        classes: number of foreground classes; from 255 on, 255 is one of them in 16-bit images.
         options: `label_offset` and `ignored_score`.
 
     Raises:
         BadItemError: another mode, or values below the offset.
     """
-    values = read_label(path).astype(np.int32)
-    ignored = values == IGNORE_INDEX
+    raw = read_label(path)
+    values = raw.astype(np.int32)
+    wide = raw.dtype == np.uint16
+    ignored = values == (IGNORE_16 if wide and classes >= IGNORE_INDEX else IGNORE_INDEX)
     values -= options.label_offset
     values[ignored] = 0
     if (values < 0).any():
@@ -54,19 +61,27 @@ def read(path: Path, options: ReadOptions) -> SeedMaps:
 
 def label_from_scores(
     class_ids: tuple[int, ...], scores: NDArray[np.floating[Any]], background: float
-) -> NDArray[np.uint8]:
-    """The label ``(H, W)`` of maps: the highest score, or 0 where none exceeds `background`."""
-    if max(class_ids) >= IGNORE_INDEX:
-        message = f"label values up to {max(class_ids)} do not fit an 8-bit label image"
-        raise ValueError(message)
-    ids = np.array((0, *class_ids), dtype=np.uint8)
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """The label ``(H, W)`` of maps: the highest score, or 0 where none exceeds `background`.
+
+    It has 16 bits where a label value does not fit 8 bits beside 255, the ignored one.
+    """
+    fits = max(class_ids) < IGNORE_INDEX
+    ids: NDArray[Any] = np.array((0, *class_ids), dtype=np.uint8 if fits else np.uint16)
     threshold = np.full((1, *scores.shape[1:]), background, dtype=scores.dtype)
     winner: NDArray[np.intp] = np.concatenate([threshold, scores]).argmax(axis=0)
     return ids[winner]
 
 
-def write(stream: BinaryIO, label: NDArray[np.uint8]) -> None:
-    """Writes label values ``(H, W)`` as a PNG with VOC's palette, so that viewers show colours."""
-    image = Image.fromarray(label).convert("L")
+def write(stream: BinaryIO, label: NDArray[np.uint8] | NDArray[np.uint16]) -> None:
+    """Writes label values ``(H, W)`` as a PNG with VOC's palette, so that viewers show colours.
+
+    Labels of 16 bits become a 16-bit grey PNG: palettes end at 255.
+    """
+    image = Image.fromarray(label)
+    if label.dtype == np.uint16:
+        image.save(stream, format="PNG")
+        return
+    image = image.convert("L")
     image.putpalette(palette())
     image.save(stream, format="PNG", optimize=True)

@@ -130,7 +130,7 @@ def _read(
     if dialect == "mat":
         return diffsegmenter_mat.read(path)
     if dialect == "png":
-        return label_png.read(path, options)
+        return label_png.read(path, classes, options)
     if dialect in ("npy", "npz") and not isinstance(content, Mapping):
         return arrays.read(content, path, classes, labels, options)
     return _read_fields(_fields(content, path, dialect), path, dialect)

@@ -97,11 +97,22 @@ def write(stream: BinaryIO, class_ids: tuple[int, ...], scores: NDArray[np.float
 def write_crf(
     stream: BinaryIO, class_ids: tuple[int, ...], scores: NDArray[np.floating[Any]]
 ) -> None:
-    """Writes an `out_crf` dictionary: background at 0, then classes, summing to one.
-
-    The background is what the strongest class leaves, 1 - max, before normalisation.
-    """
-    full = np.concatenate([1 - scores.max(axis=0, keepdims=True), scores]).astype(np.float32)
-    full = (full / full.sum(axis=0, keepdims=True)).astype(np.float16)
+    """Writes an `out_crf` dictionary: background at 0, then classes, summing to one."""
+    full = _with_background(scores)
     content = {class_id: full[index] for index, class_id in enumerate((0, *class_ids))}
     np.save(stream, content, allow_pickle=True)  # type: ignore[arg-type]
+
+
+def write_weaktr(
+    stream: BinaryIO, class_ids: tuple[int, ...], scores: NDArray[np.floating[Any]]
+) -> None:
+    """Writes WeakTr's second phase: `{prob: (K + 1, H, W), keys}`, the background at key 0."""
+    keys = np.array((0, *class_ids), dtype=np.int64)
+    content = {"prob": _with_background(scores), "keys": keys}
+    np.save(stream, content, allow_pickle=True)  # type: ignore[arg-type]
+
+
+def _with_background(scores: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
+    """The background, what the strongest class leaves (1 - max), then all divided by their sum."""
+    full = np.concatenate([1 - scores.max(axis=0, keepdims=True), scores]).astype(np.float32)
+    return np.asarray(full / full.sum(axis=0, keepdims=True), dtype=np.float16)

@@ -1,24 +1,41 @@
 """Where the seeds of a data set come from: a folder of files, or one COCO JSON file."""
 
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, Protocol
 
 from datamodules.classes import ClassList
 from datamodules.errors import bad_item
 from datamodules.seed_files.coco import CocoFile
-from datamodules.seed_files.maps import Dialect, ReadOptions, check_classes
-from datamodules.seed_files.reading import SUFFIXES, read_maps, read_seed, select, to_seed
+from datamodules.seed_files.maps import Dialect, ReadOptions, SeedMaps, check_classes
+from datamodules.seed_files.reading import SUFFIXES, detect, read_maps, select, to_seed
 from g4seg_pl.types import ConfigurationError, Seed
 
 
 class SeedSource(Protocol):
-    """The seeds of a data set, by image id."""
+    """The seeds of a data set, by image id.
+
+    Attributes:
+        seen: how many seeds this process has read, by dialect.
+    """
+
+    seen: Counter[Dialect]
 
     def read(self, image_id: str, size: tuple[int, int], labels: tuple[int, ...] | None) -> Seed:
         """The seed of an image of height and width `size`; BadItemError if it cannot be used."""
 
+    def read_unsized(self, image_id: str, labels: tuple[int, ...] | None) -> Seed:
+        """The seed of an image of unknown size, at its own; BadItemError if it cannot be used."""
+
     def check(self, image_id: str) -> None:
         """Raises BadItemError if an image has no seed; reads no maps."""
+
+    def names(self, images: Collection[str] = ()) -> list[str]:
+        """Image ids that have a seed; `images` names those that the seeds only number."""
+
+    def dialect_of(self, image_id: str) -> Dialect:
+        """The dialect of a seed; BadItemError if it cannot be told."""
 
 
 class SeedFolder:
@@ -46,6 +63,7 @@ class SeedFolder:
             raise ConfigurationError(message)
         self._folder, self._classes = folder, classes
         self._dialect, self._options = dialect, options or ReadOptions()
+        self.seen: Counter[Dialect] = Counter()
 
     def path(self, image_id: str) -> Path:
         """The seed file of an image.
@@ -67,7 +85,12 @@ class SeedFolder:
     def read(self, image_id: str, size: tuple[int, int], labels: tuple[int, ...] | None) -> Seed:
         """The seed of an image of height and width `size`; BadItemError if it cannot be used."""
         path = self.path(image_id)
-        return read_seed(path, size, len(self._classes), self._dialect, labels, self._options)
+        return to_seed(select(self._maps(path, labels), labels, path), size, path)
+
+    def _maps(self, path: Path, labels: tuple[int, ...] | None) -> SeedMaps:
+        maps = read_maps(path, len(self._classes), self._dialect, labels, self._options)
+        self.seen[maps.dialect] += 1
+        return maps
 
     def read_unsized(self, image_id: str, labels: tuple[int, ...] | None) -> Seed:
         """The seed of an image of unknown size, at its own size.
@@ -76,7 +99,7 @@ class SeedFolder:
             BadItemError: it cannot be used, or its maps are smaller than the image.
         """
         path = self.path(image_id)
-        maps = read_maps(path, len(self._classes), self._dialect, labels, self._options)
+        maps = self._maps(path, labels)
         if maps.resizable:
             problem = "its maps are smaller than the image, whose size is unknown"
             raise bad_item(path, problem, "Give the folder of images")
@@ -88,6 +111,15 @@ class SeedFolder:
         path = self.path(image_id)
         if path.stat().st_size == 0:
             raise bad_item(path, "an empty file", "Make the seed of this image again")
+
+    def names(self, images: Collection[str] = ()) -> list[str]:
+        """Names, without suffix, of the seed files; those of `images` play no part."""
+        del images
+        return sorted({path.stem for path in self._folder.iterdir() if path.suffix in SUFFIXES})
+
+    def dialect_of(self, image_id: str) -> Dialect:
+        """The dialect that is forced, or that of the file; BadItemError if it cannot be told."""
+        return detect(self.path(image_id)) if self._dialect == "auto" else self._dialect
 
 
 class CocoSeeds:
@@ -102,16 +134,31 @@ class CocoSeeds:
     def __init__(self, path: Path, classes: ClassList, options: ReadOptions | None = None) -> None:
         self._path, self._classes = path, classes
         self._file = CocoFile(path, classes, options or ReadOptions())
+        self.seen: Counter[Dialect] = Counter()
 
     def read(self, image_id: str, size: tuple[int, int], labels: tuple[int, ...] | None) -> Seed:
         """The seed of an image of height and width `size`; BadItemError if it cannot be used."""
         maps = self._file.read(image_id, size)
+        self.seen[maps.dialect] += 1
         check_classes(maps, self._path, len(self._classes))
         return to_seed(select(maps, labels, self._path), size, self._path)
+
+    def read_unsized(self, image_id: str, labels: tuple[int, ...] | None) -> Seed:
+        """The seed of an image at the size the file gives; BadItemError if it cannot be used."""
+        return self.read(image_id, self._file.size(image_id), labels)
 
     def check(self, image_id: str) -> None:
         """Raises BadItemError if an image has no mask."""
         self._file.masks(image_id)
+
+    def names(self, images: Collection[str] = ()) -> list[str]:
+        """Images that have masks, see `CocoFile.names`."""
+        return self._file.names(images)
+
+    def dialect_of(self, image_id: str) -> Dialect:
+        """Always `coco`."""
+        del image_id
+        return "coco"
 
 
 def open_seeds(

@@ -10,8 +10,20 @@ from numpy.typing import NDArray
 
 from datamodules.seed_files import arrays, clip_es, diffsegmenter_mat, irn, label_png, seam
 
-WritableDialect = Literal["clip_es", "irn", "seam", "seam_crf", "mat", "png", "npz", "npy"]
+WritableDialect = Literal[
+    "clip_es", "irn", "seam", "seam_crf", "weaktr", "mat", "png", "npz", "npy"
+]
 WRITABLE: tuple[WritableDialect, ...] = get_args(WritableDialect)
+
+_PLAIN: dict[str, Callable[[BinaryIO, tuple[int, ...], NDArray[np.floating[Any]]], None]] = {
+    "clip_es": clip_es.write,
+    "irn": irn.write,
+    "seam": seam.write,
+    "seam_crf": seam.write_crf,
+    "weaktr": seam.write_weaktr,
+    "mat": diffsegmenter_mat.write,
+}
+"""Dialects that need nothing but classes and maps."""
 
 
 def suffix(dialect: WritableDialect) -> str:
@@ -75,16 +87,6 @@ def write_seed(
 
     def write(stream: BinaryIO) -> None:
         match dialect:
-            case "clip_es":
-                clip_es.write(stream, class_ids, scores)
-            case "irn":
-                irn.write(stream, class_ids, scores)
-            case "seam":
-                seam.write(stream, class_ids, scores)
-            case "seam_crf":
-                seam.write_crf(stream, class_ids, scores)
-            case "mat":
-                diffsegmenter_mat.write(stream, class_ids, scores)
             case "npz":
                 arrays.write_npz(stream, class_ids, scores, image_size)
             case "npy":
@@ -93,6 +95,8 @@ def write_seed(
             case "png":
                 threshold = _needed(background, "background", dialect)
                 label_png.write(stream, label_png.label_from_scores(class_ids, scores, threshold))
+            case _:
+                _PLAIN[dialect](stream, class_ids, scores)
 
     return write_atomically(path, write)
 

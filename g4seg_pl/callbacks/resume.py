@@ -96,9 +96,17 @@ def write_run_record(folder: OutputFolder, config: Json, module: Any, datamodule
             "seed": getattr(module, "seed", None),
             "split": describe(getattr(datamodule, "split", None)),
             "background_rule": background_rule(module),
+            "seed_dialect": _seed_dialect(datamodule),
             **now,
         }
     write_text_atomically(folder.run_json, json_text(record))
+
+
+def _seed_dialect(datamodule: Any) -> str | None:
+    """What the coarse masks are read as, where the DataModule can say it."""
+    ask = getattr(datamodule, "seed_dialect", None)
+    dialect: str | None = ask() if callable(ask) else None
+    return dialect
 
 
 def background_rule(module: Any) -> str:

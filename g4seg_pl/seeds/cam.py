@@ -10,6 +10,8 @@ Zhou et al., CVPR 2016; the facts are those of jiwoon-ahn/irn @a2ece00 (``step/m
 - normalisation: each class by its maximum plus 1e-5;
 - training: longer side drawn from 320 to 640, mirrored, cropped to 512, 5 epochs of 16 images,
   SGD without momentum at 0.1 (head 1.0), decay 1e-4, falling by (1 - step/steps)^0.9.
+
+``g4seg fit`` (:mod:`g4seg_pl.seeds.fit`) trains it from the command line.
 """
 
 from collections.abc import Iterable
@@ -153,6 +155,7 @@ class Cam(SeedMaker):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.crop, self.longer_side = crop, longer_side
         self.network: ResNetClassifier | None = None
+        self.failed: dict[str, str] = {}
 
     def configure_model(self) -> None:
         """Make the network, once, with its weights.
@@ -205,7 +208,11 @@ class Cam(SeedMaker):
     def training_step(
         self, batch: list[Sample | FailedSample], batch_idx: int = 0
     ) -> Tensor | None:
-        """Return the multi-label loss of a batch; None if nothing in it can be used."""
+        """Return the multi-label loss of a batch; None if nothing in it can be used.
+
+        Items that could not be read are kept in ``failed``, with what is wrong.
+        """
+        self.failed |= {bad.image_id: bad.error for bad in batch if isinstance(bad, FailedSample)}
         samples = [item for item in batch if isinstance(item, Sample) and item.class_names]
         if not samples:
             return None
@@ -215,7 +222,10 @@ class Cam(SeedMaker):
         for row, item in zip(present, samples, strict=True):
             row[[label - 1 for label in item.seed.class_ids]] = 1
         logits = network(torch.cat(pictures).to(self.device))
-        return functional.multilabel_soft_margin_loss(logits, present.to(self.device))
+        loss = functional.multilabel_soft_margin_loss(logits, present.to(self.device))
+        options: dict[str, Any] = {"on_epoch": True, "batch_size": len(samples)}
+        self.log("train/loss", loss, **options)
+        return loss
 
     def configure_optimizers(self) -> Any:
         """SGD, the head ten times as fast, falling to 0 at the last step."""

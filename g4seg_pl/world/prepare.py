@@ -1,7 +1,6 @@
 """``g4seg prepare scenes``: the embedded world on disk, as a VOCdevkit tree."""
 
 from pathlib import Path
-from typing import Literal
 from xml.etree import ElementTree
 
 from PIL import Image
@@ -10,8 +9,7 @@ from g4seg_pl.types import ConfigurationError
 from g4seg_pl.world.scenes import CLASS_NAMES, FIRST_SEED, IMAGE_SIZE, Scene, Split, draw_scene
 
 
-def prepare(
-    what: Literal["scenes"],
+def scenes(
     out: Path = Path("outputs/VOCdevkit/VOC2012"),
     split: Split = "test",
     count: int = 100,
@@ -23,7 +21,6 @@ def prepare(
     and ImageSets/Segmentation/<split>.txt. Existing files of other splits are kept.
 
     Args:
-        what: ``scenes``, the embedded world.
         out: the VOC2012 folder to write.
         split: which range of scene seeds to draw from.
         count: how many scenes.
@@ -32,7 +29,6 @@ def prepare(
     Returns:
         0, the exit status.
     """
-    del what
     if count < 1 or first < 0:
         message = f"count is {count} and first is {first}: give count >= 1 and first >= 0"
         raise ConfigurationError(message)

@@ -1,5 +1,6 @@
 """Every YAML under configs/refine and configs/trainer on a fake tree with a tiny real model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def test_refine_config_runs(config: Path, tmp_path: Path, sd1_folder: Path) -> N
     write_tree(tmp_path, config)
     assert main(predict_words(tmp_path, sd1_folder, config)) == 0
     assert {path.stem for path in (tmp_path / "out" / "masks").iterdir()} == set(IDS)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["seed_dialect"] == "clip_es"
 
 
 @pytest.mark.parametrize("added", ADDED_FILES, ids=lambda path: path.stem)

@@ -503,6 +503,7 @@ CLASS_COUNTS = {
     "coco": 80,
     "coco_clip_es": 80,
     "context": 59,
+    "context459": 459,
     "ade20k": 150,
     "nightcity": 19,
     "scenes": 12,

@@ -235,6 +235,25 @@ def test_coco_category_ids(tmp_path: Path) -> None:
         read_seed(label_image(path, values), SIZE, 80, options=ReadOptions(category_ids="coco91"))
 
 
+def test_sixteen_bit_labels_of_459_classes(tmp_path: Path) -> None:
+    """Label 255 is a class there and 65535 is ignored; written and read without loss."""
+    values = np.zeros(SIZE, np.uint16)
+    values[2:5], values[5:9], values[9:], values[0] = 59, 255, 459, 65535
+    Image.fromarray(values).save(tmp_path / "a.png")
+    seed = read_seed(tmp_path / "a.png", SIZE, 459)
+    names = read_class_list("context459").names
+    assert seed.class_ids == (59, 255, 459)
+    assert [names[class_id - 1] for class_id in seed.class_ids] == ["car", "money", "wool"]
+    assert write_seed(
+        tmp_path / "b.png", seed.class_ids, seed.scores.numpy(), "png", background=0.5
+    )
+    with Image.open(tmp_path / "b.png") as image:
+        np.testing.assert_array_equal(np.array(image), np.where(values == 65535, 0, values))
+    values[values > 255] = 0
+    Image.fromarray(values).save(tmp_path / "c.png")
+    assert read_seed(tmp_path / "c.png", SIZE, CLASSES * 3).class_ids == (59,)
+
+
 def test_colours_are_not_decoded(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(BadItemError, match=r"a\.png.*mode RGB"):

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from g4seg_pl.seeds.base import resize_picture
 from g4seg_pl.seeds.cam import Cam, gradient_maps, multi_scale_cam
-from g4seg_pl.seeds.cam_training import TrainingItems, training_picture
+from g4seg_pl.seeds.cam_training import training_picture
 from g4seg_pl.seeds.classifier import ResNetClassifier, activation_maps, read_weights
 from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask, Sample, Seed
 
@@ -114,11 +114,14 @@ class Scenes(pl.LightningDataModule):
     """Two classes of noise."""
 
     class_list = ("red", "green")
-    items = ("0", "1", "2", "3")
-    num_workers = 0
 
-    def predict_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(samples(), batch_size=2, collate_fn=list)  # type: ignore[arg-type]
+    def train_dataloader(self) -> Any:
+        failed = FailedSample("bad", "bad.jpg: truncated")
+        items: Any = [*samples(), failed]
+        return torch.utils.data.DataLoader(items, batch_size=2, collate_fn=list)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        return batch
 
 
 def test_fit_then_predict_from_its_checkpoint(tmp_path: Path) -> None:
@@ -133,10 +136,12 @@ def test_fit_then_predict_from_its_checkpoint(tmp_path: Path) -> None:
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    trainer.fit(maker, datamodule=TrainingItems(Scenes(), batch_size=2))
+    trainer.fit(maker, datamodule=Scenes())
     assert maker.network is not None
     assert maker.network.head.out_channels == 2
     assert not maker.network.resnet.bn1.training
+    assert maker.failed == {"bad": "bad.jpg: truncated"}
+    assert trainer.callback_metrics["train/loss"] > 0
     trainer.save_checkpoint(tmp_path / "cam.ckpt")
 
     read = Cam(weights=str(tmp_path / "cam.ckpt"), scales=[1.0, 0.5], **options)

@@ -9,7 +9,7 @@ from datamodules import ScenesDataModule, VOCDataModule
 from datamodules.classes import read_class_list
 from g4seg_pl.types import ConfigurationError, Sample
 from g4seg_pl.world.degrade import FAULTS, degrade
-from g4seg_pl.world.prepare import prepare
+from g4seg_pl.world.prepare import scenes
 from g4seg_pl.world.scenes import CLASS_NAMES, CLASSES, FIRST_SEED, draw_scene
 from g4seg_pl.world.text import CONTEXT_LENGTH, write_tokenizer
 
@@ -117,7 +117,7 @@ def test_data_module_refuses_two_sources_of_seeds(tmp_path: Path) -> None:
 
 def test_prepared_tree_is_read_as_voc(tmp_path: Path) -> None:
     root = tmp_path / "VOCdevkit" / "VOC2012"
-    assert prepare("scenes", root, "val", count=4) == 0
+    assert scenes(root, "val", count=4) == 0
     data = VOCDataModule(
         root=root,
         seeds=None,
