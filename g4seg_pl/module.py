@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from g4seg_pl.backbones.controlnet import ControlNetInjection
 from g4seg_pl.backbones.kinds import check_model
 from g4seg_pl.backbones.loading import resolve_dtype
 from g4seg_pl.backbones.pretrained import load_generator
@@ -44,6 +45,7 @@ class G4SegModule(pl.LightningModule):
         variant: of the model's weight files, such as ``fp16``.
         revision: branch, tag or commit of a hub id.
         embedded_guidance: w that an LCM's U-Net is told; 0 is no guidance, as everywhere here.
+        controlnet: inject masks through a ControlNet instead of attention (Table VIII).
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class G4SegModule(pl.LightningModule):
         variant: str | None = None,
         revision: str | None = None,
         embedded_guidance: float = 0.0,
+        controlnet: ControlNetInjection | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -74,6 +77,7 @@ class G4SegModule(pl.LightningModule):
         self.variant = variant
         self.revision = revision
         self.embedded_guidance = embedded_guidance
+        self.controlnet = controlnet
         self.generator: nn.Module | None = None
         self.strict_loading = False
         self._refiner: G4SegRefiner | None = None
@@ -94,6 +98,7 @@ class G4SegModule(pl.LightningModule):
             "variant": self.variant,
             "revision": self.revision,
             "embedded_guidance": self.embedded_guidance,
+            "controlnet": self.controlnet,
         }
 
     def setup(self, stage: str) -> None:
@@ -111,17 +116,23 @@ class G4SegModule(pl.LightningModule):
         self._require_streaming()
         if self._has_work():
             check_model(self.model, self.revision)
+            if self.controlnet is not None:
+                classes = getattr(getattr(self._trainer, "datamodule", None), "class_list", None)
+                names = () if classes is None else classes.prompts
+                self.controlnet.check(self.model, self.revision, names)
 
     def configure_model(self) -> None:
         """Load the weights, once; nothing is loaded for a run in which every image is finished."""
         if self._refiner is not None or not self._has_work():
             return
         dtype = resolve_dtype(self.number_format, self.device)
-        generator = load_generator(
+        plain = load_generator(
             self.model, dtype, self.variant, self.revision, self.embedded_guidance
         )
-        self.features.load(generator.vae)
+        self.features.load(plain.vae)
         self.features.to(dtype)
+        control = self.controlnet
+        generator = plain if control is None else control.load(plain, dtype)
         self.generator = generator
         self._refiner = G4SegRefiner(
             generator,

@@ -133,7 +133,7 @@ def _check_additions(model: str, config: dict[str, Any], revision: str | None) -
     """Refuse an SDXL U-Net that is told other things than a picture's sizes and a pooled text."""
     place = {"revision": revision} if revision else {}
     text = read_part(model, "text_encoder_2", CLIPTextConfig.from_pretrained, **place)
-    sizes = SIZE_NUMBERS * int(config["addition_time_embed_dim"])
+    sizes = SIZE_NUMBERS * int(config.get("addition_time_embed_dim") or 0)
     expected = sizes + int(text.projection_dim)
     given = config.get("projection_class_embeddings_input_dim")
     if given != expected:

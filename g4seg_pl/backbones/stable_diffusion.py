@@ -256,7 +256,8 @@ class StableDiffusion(nn.Module):
 
     @property
     def _number_format(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
+        dtype: torch.dtype = next(self.unet.parameters()).dtype
+        return dtype
 
     @property
     def _length(self) -> int:
