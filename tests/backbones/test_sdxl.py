@@ -16,8 +16,10 @@ from g4seg_pl.backbones.loading import load_components
 from g4seg_pl.backbones.pretrained import load_generator
 from g4seg_pl.backbones.sdxl import StableDiffusionXL
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
+from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.diffusion import predict_clean
+from g4seg_pl.core.gradient import Gradient
 from g4seg_pl.core.injection import Injection
 from g4seg_pl.core.protocols import Generator
 from g4seg_pl.core.steps import Correspondence
@@ -237,11 +239,10 @@ def test_recorded_self_attention_has_every_layer(generator: StableDiffusion) -> 
     assert {record.grid for record in records} == {(5, 7), (3, 4)}
 
 
-def test_the_papers_update_and_the_prompt_cache_know_nothing_of_it(
-    generator: StableDiffusion,
-) -> None:
+@pytest.fixture
+def context(generator: StableDiffusion) -> RefinementContext:
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    context = RefinementContext(
+    return RefinementContext(
         images=images,
         image_ids=("one", "two"),
         class_names=("dog", "cat", "dog"),
@@ -250,12 +251,32 @@ def test_the_papers_update_and_the_prompt_cache_know_nothing_of_it(
         features=lambda pictures: torch.nn.functional.pixel_unshuffle(pictures, 8),
         masks_per_pass=2,
     )
-    masks = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def masks() -> Tensor:
+    return torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(4))
+
+
+def test_the_papers_update_and_the_prompt_cache_know_nothing_of_it(
+    context: RefinementContext, masks: Tensor
+) -> None:
     step = Correspondence(guidance_scale=3.0, confidence_range=None)
     refined = step(masks, context)
     assert refined.shape == masks.shape
     assert set(context.prompt_embeddings) == {PROMPT, "A photo of cat", ""}
     torch.testing.assert_close(step(masks, context), refined)
+
+
+def test_the_other_signals_of_a_generator_run_on_it(
+    context: RefinementContext, masks: Tensor
+) -> None:
+    """Its finest attention is at half the latent's side; one descent is one, recomputed or not."""
+    refined = Affinity()(masks, context)
+    assert (refined - masks).abs().max() > 1e-3
+    kept = Gradient(iterations=1, checkpointing=False)(masks, context)
+    torch.testing.assert_close(Gradient(iterations=1, checkpointing=True)(masks, context), kept)
+    assert (kept - masks).abs().max() > 1e-3
 
 
 def test_the_two_line_object_loads_it(sdxl_folder: Path) -> None:
