@@ -8,8 +8,10 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from g4seg_pl.backbones.loading import check_model, resolve_dtype
-from g4seg_pl.backbones.stable_diffusion import StableDiffusion
+from g4seg_pl.backbones.controlnet import ControlNetInjection
+from g4seg_pl.backbones.kinds import check_model
+from g4seg_pl.backbones.loading import resolve_dtype
+from g4seg_pl.backbones.pretrained import load_generator
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold, compose_label
 from g4seg_pl.core.steps import Correspondence, UpdateStep
 from g4seg_pl.features.base import DenseFeatures
@@ -31,7 +33,7 @@ class G4SegModule(pl.LightningModule):
     arguments have been checked. They are never put into a checkpoint.
 
     Args:
-        model: a diffusers folder or hub id of Stable Diffusion 1.x or 2.x.
+        model: a diffusers folder or hub id of Stable Diffusion 1.x or 2.x, an LCM or SDXL.
         update: the update steps in order; the paper's one if None.
         features: F of Eq. 8, an extractor of dense features; the model's own autoencoder
             if None.
@@ -42,6 +44,8 @@ class G4SegModule(pl.LightningModule):
         masks_per_pass: masks that enter a network at once: the bound on memory.
         variant: of the model's weight files, such as ``fp16``.
         revision: branch, tag or commit of a hub id.
+        embedded_guidance: w that an LCM's U-Net is told; 0 is no guidance, as everywhere here.
+        controlnet: inject masks through a ControlNet instead of attention (Table VIII).
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class G4SegModule(pl.LightningModule):
         masks_per_pass: int = 8,
         variant: str | None = None,
         revision: str | None = None,
+        embedded_guidance: float = 0.0,
+        controlnet: ControlNetInjection | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -70,6 +76,8 @@ class G4SegModule(pl.LightningModule):
         self.masks_per_pass = masks_per_pass
         self.variant = variant
         self.revision = revision
+        self.embedded_guidance = embedded_guidance
+        self.controlnet = controlnet
         self.generator: nn.Module | None = None
         self.strict_loading = False
         self._refiner: G4SegRefiner | None = None
@@ -89,6 +97,8 @@ class G4SegModule(pl.LightningModule):
             "masks_per_pass": self.masks_per_pass,
             "variant": self.variant,
             "revision": self.revision,
+            "embedded_guidance": self.embedded_guidance,
+            "controlnet": self.controlnet,
         }
 
     def setup(self, stage: str) -> None:
@@ -106,15 +116,23 @@ class G4SegModule(pl.LightningModule):
         self._require_streaming()
         if self._has_work():
             check_model(self.model, self.revision)
+            if self.controlnet is not None:
+                classes = getattr(getattr(self._trainer, "datamodule", None), "class_list", None)
+                names = () if classes is None else classes.prompts
+                self.controlnet.check(self.model, self.revision, names)
 
     def configure_model(self) -> None:
         """Load the weights, once; nothing is loaded for a run in which every image is finished."""
         if self._refiner is not None or not self._has_work():
             return
         dtype = resolve_dtype(self.number_format, self.device)
-        generator = StableDiffusion.from_pretrained(self.model, dtype, self.variant, self.revision)
-        self.features.load(generator.vae)
+        plain = load_generator(
+            self.model, dtype, self.variant, self.revision, self.embedded_guidance
+        )
+        self.features.load(plain.vae)
         self.features.to(dtype)
+        control = self.controlnet
+        generator = plain if control is None else control.load(plain, dtype)
         self.generator = generator
         self._refiner = G4SegRefiner(
             generator,

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from g4seg_pl.backbones.loading import NumberFormat, resolve_dtype
-from g4seg_pl.backbones.stable_diffusion import StableDiffusion
+from g4seg_pl.backbones.pretrained import load_generator
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.protocols import FeatureExtractor, Generator
 from g4seg_pl.core.refine import RefinementState, refine
@@ -126,7 +126,7 @@ class G4SegRefiner:
         """
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         number_format = resolve_dtype(dtype, place)
-        generator = StableDiffusion.from_pretrained(str(model), number_format, variant).to(place)
+        generator = load_generator(str(model), number_format, variant).to(place)
         features = VAEFeatures() if features is None else features
         features.load(generator.vae)
         features.to(place, number_format)

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -26,6 +26,7 @@ from g4seg_pl.types import ConfigurationError
 _PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
 Grids = dict[int, tuple[int, int]]
+Denoiser: TypeAlias = UNet2DConditionModel | ControlNetModel
 
 
 @runtime_checkable
@@ -59,7 +60,7 @@ def token_grids(height: int, width: int, levels: int) -> Grids:
 
 
 @contextmanager
-def installed(unet: UNet2DConditionModel, processors: Mapping[str, Processor]) -> Iterator[None]:
+def installed(unet: Denoiser, processors: Mapping[str, Processor]) -> Iterator[None]:
     """Give the named attention layers other processors, and put the old ones back on leaving.
 
     Args:
@@ -88,7 +89,7 @@ def installed(unet: UNet2DConditionModel, processors: Mapping[str, Processor]) -
 
 
 @contextmanager
-def checkpointed(unet: UNet2DConditionModel, processors: Mapping[str, Processor]) -> Iterator[None]:
+def checkpointed(unet: Denoiser, processors: Mapping[str, Processor]) -> Iterator[None]:
     """Do as ``installed``, and recompute activations, block by block, for a later gradient.
 
     The gradient may be taken after leaving: each block puts the processors back for the time of
@@ -116,7 +117,7 @@ def checkpointed(unet: UNet2DConditionModel, processors: Mapping[str, Processor]
             unet.enable_gradient_checkpointing()
 
 
-def attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, Attention]]:
+def attention_layers(unet: Denoiser) -> list[tuple[str, Attention]]:
     """Return the U-Net's attention layers with their dotted names, in order."""
     return [(name, layer) for name, layer in unet.named_modules() if isinstance(layer, Attention)]
 

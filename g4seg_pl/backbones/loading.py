@@ -1,28 +1,18 @@
 """Loading a diffusers folder part by part; what cannot work is refused before any weights load."""
 
-import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from g4seg_pl.backbones.kinds import KINDS, Kind, check_model, read_part
 from g4seg_pl.types import ConfigurationError
 
 NumberFormat = Literal["auto", "float32", "bfloat16", "float16"]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PARTS = {
-    "unet": "config.json",
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "tokenizer": "tokenizer_config.json",  # transformers 5 no longer writes vocab.json
-    "scheduler": "scheduler_config.json",
-}
 # Only these count; a scheduler's sampling options do not apply to a single step.
 _SCHEDULE = (
     "num_train_timesteps",
@@ -54,56 +44,73 @@ class Components:
     scheduler: DDPMScheduler
 
 
+@dataclass(frozen=True)
+class ComponentsXL(Components):
+    """The parts of SDXL that the method uses.
+
+    Attributes:
+        text_encoder_2: the second text model, which also gives the pooled vector.
+        tokenizer_2: its tokenizer.
+        zero_empty_prompt: whether the model takes zeros for no prompt, as SDXL's base does.
+    """
+
+    text_encoder_2: CLIPTextModelWithProjection
+    tokenizer_2: CLIPTokenizer
+    zero_empty_prompt: bool
+
+
 def load_components(
-    model: str, dtype: torch.dtype, variant: str | None = None, revision: str | None = None
+    model: str,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    revision: str | None = None,
+    kinds: tuple[Kind, ...] = KINDS,
 ) -> Components:
-    """Load U-Net, autoencoder, text encoder, tokenizer and schedule; never the whole pipeline.
+    """Load U-Net, autoencoder, text encoders, tokenizers and schedule; never the whole pipeline.
 
     Args:
         model: a diffusers folder or a hub id such as ``owner/name``.
-        dtype: number format of the weights.
+        dtype: number format of the weights; the autoencoder of SDXL stays float32 instead of
+            float16 unless its configuration says that it can take it.
         variant: the weight files' variant, such as ``fp16``.
         revision: branch, tag or commit of a hub id.
+        kinds: what the caller can use.
+
+    Returns:
+        ``ComponentsXL`` for SDXL.
 
     Raises:
-        ConfigurationError: a part is missing or is not of Stable Diffusion 1.x or 2.x; the
-            message names the folder and the remedy, and no weights have been loaded.
+        ConfigurationError: a part is missing or of another kind; the message names the folder
+            and the remedy, and no weights have been loaded.
     """
-    check_model(model, revision)
+    kind = check_model(model, revision, kinds)
     model = str(Path(model).expanduser()) if model.startswith("~") else model
     place = {"revision": revision} if revision else {}
-    weights = place | {"torch_dtype": dtype} | ({"variant": variant} if variant else {})
-    text_weights = place | {"dtype": dtype} | ({"variant": variant} if variant else {})
-    schedule = _read(model, "scheduler", DDPMScheduler.load_config, **place)
-    return Components(
-        unet=_read(model, "unet", UNet2DConditionModel.from_pretrained, **weights),
-        vae=_read(model, "vae", AutoencoderKL.from_pretrained, **weights),
-        text_encoder=_read(model, "text_encoder", CLIPTextModel.from_pretrained, **text_weights),
-        tokenizer=_read(model, "tokenizer", CLIPTokenizer.from_pretrained, **place),
-        scheduler=_schedule(model, schedule),
+    files = place | ({"variant": variant} if variant else {})
+    weights, text_weights = files | {"torch_dtype": dtype}, files | {"dtype": dtype}
+    scheduler = _schedule(model, read_part(model, "scheduler", DDPMScheduler.load_config, **place))
+    vae_dtype = _vae_dtype(model, dtype, **place) if kind == "sdxl" else dtype
+    parts = {
+        "unet": read_part(model, "unet", UNet2DConditionModel.from_pretrained, **weights),
+        "vae": read_part(
+            model, "vae", AutoencoderKL.from_pretrained, **(weights | {"torch_dtype": vae_dtype})
+        ),
+        "text_encoder": read_part(
+            model, "text_encoder", CLIPTextModel.from_pretrained, **text_weights
+        ),
+        "tokenizer": read_part(model, "tokenizer", CLIPTokenizer.from_pretrained, **place),
+        "scheduler": scheduler,
+    }
+    if kind == "stable_diffusion":
+        return Components(**parts)
+    return ComponentsXL(
+        **parts,
+        text_encoder_2=read_part(
+            model, "text_encoder_2", CLIPTextModelWithProjection.from_pretrained, **text_weights
+        ),
+        tokenizer_2=read_part(model, "tokenizer_2", CLIPTokenizer.from_pretrained, **place),
+        zero_empty_prompt=_zero_empty_prompt(model, **place),
     )
-
-
-def check_model(model: str, revision: str | None = None) -> None:
-    """Refuse a model that cannot work, reading configuration files only.
-
-    Args:
-        model: a diffusers folder or a hub id.
-        revision: branch, tag or commit of a hub id.
-
-    Raises:
-        ConfigurationError: with the folder or id, what is wrong with it and the remedy.
-    """
-    folder = Path(model).expanduser()
-    if model and folder.is_dir():
-        _check_folder(folder)
-        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    elif _HUB_ID.fullmatch(model):
-        config = _read(model, "unet", UNet2DConditionModel.load_config, revision=revision)
-    else:
-        message = f"model {model!r} is no folder; give a diffusers folder or a hub id owner/name"
-        raise ConfigurationError(message)
-    _check_unet(model, config)
 
 
 def resolve_dtype(dtype: NumberFormat, device: torch.device) -> torch.dtype:
@@ -117,48 +124,37 @@ def resolve_dtype(dtype: NumberFormat, device: torch.device) -> torch.dtype:
     }[dtype]
 
 
-def _check_folder(folder: Path) -> None:
-    for part, config in _PARTS.items():
-        if not (folder / part / config).is_file():
-            message = (
-                f"model folder {folder} has no {part}/{config}; give the folder of a whole "
-                "diffusers Stable Diffusion model (unet, vae, text_encoder, tokenizer, scheduler)"
-            )
-            raise ConfigurationError(message)
-
-
-def _check_unet(model: str, config: dict[str, Any]) -> None:
-    kind = config.get("_class_name")
-    reason = None
-    if kind != "UNet2DConditionModel":
-        reason = f"its unet is a {kind}"
-    elif config.get("addition_embed_type") is not None:
-        reason = f"its unet takes additional embeddings ({config['addition_embed_type']}; SDXL?)"
-    elif config.get("in_channels") != config.get("out_channels"):
-        reason = (
-            f"its unet has {config.get('in_channels')} input and {config.get('out_channels')} "
-            "output channels (an inpainting, depth or upscaling model?)"
-        )
-    if reason is not None:
-        message = f"model {model}: {reason}; give a text-to-image Stable Diffusion 1.x or 2.x"
-        raise ConfigurationError(message)
-
-
-def _read(model: str, part: str, load: Callable[..., Any], **options: Any) -> Any:
-    try:
-        return load(model, subfolder=part, **options)
-    except (OSError, ValueError) as error:
-        message = (
-            f"model {model}: its {part} cannot be loaded ({error}); check the folder or hub id, "
-            "and `variant` if its weight files carry one"
-        )
-        raise ConfigurationError(message) from error
-
-
 def _schedule(model: str, config: dict[str, Any]) -> DDPMScheduler:
     options = {name: config[name] for name in _SCHEDULE if name in config}
+    if options.get("trained_betas") is None and not {"beta_start", "beta_end"} <= options.keys():
+        # DDPMScheduler would put its own betas in their place.
+        message = (
+            f"model {model}: scheduler/scheduler_config.json: no beta_start and beta_end (a "
+            f"{config.get('_class_name')}; an EDM or flow-matching model?); give a model that was "
+            "trained with a schedule of betas"
+        )
+        raise ConfigurationError(message)
     try:
         return DDPMScheduler(**options)
     except NotImplementedError as error:
         message = f"model {model}: scheduler/scheduler_config.json: {error}"
         raise ConfigurationError(message) from error
+
+
+def _vae_dtype(model: str, dtype: torch.dtype, **place: Any) -> torch.dtype:
+    """SDXL's autoencoder overflows in float16, unless it is one that was mended."""
+    config = read_part(model, "vae", AutoencoderKL.load_config, **place)
+    forced = config.get("force_upcast", True)
+    return torch.float32 if forced and dtype == torch.float16 else dtype
+
+
+def _zero_empty_prompt(model: str, **place: Any) -> bool:
+    """As the pipeline's own argument, which is True where a folder has no model_index.json."""
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        return True
+    try:
+        config = DiffusionPipeline.load_config(model, **place)
+    except OSError as error:
+        message = f"model {model}: its model_index.json cannot be loaded ({error})"
+        raise ConfigurationError(message) from error
+    return bool(config.get("force_zeros_for_empty_prompt", True))

@@ -1,9 +1,10 @@
-"""Stable Diffusion 1.x and 2.x as a Generator."""
+"""Stable Diffusion 1.x and 2.x, and LCMs with their layout, as a Generator."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from g4seg_pl.backbones.attention import (
@@ -15,10 +16,39 @@ from g4seg_pl.backbones.attention import (
     installed,
     token_grids,
 )
+from g4seg_pl.backbones.guidance import guidance_embedding
+from g4seg_pl.backbones.kinds import Kind
 from g4seg_pl.backbones.loading import Components, load_components
+from g4seg_pl.backbones.text import mark_tokens, tokenise
 from g4seg_pl.core.injection import Injection
 from g4seg_pl.core.protocols import AttentionRecord, PredictionType
 from g4seg_pl.types import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a U-Net, or a ControlNet beside it, is told beside the noisy latent and the timestep.
+
+    Attributes:
+        text: one row of tokens a prompt.
+        added: diffusers' ``added_cond_kwargs``; None where the model has none.
+    """
+
+    text: Float[Tensor, "b l d"]
+    added: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a ControlNet adds to the U-Net's skip connections and to its middle block.
+
+    Attributes:
+        down: one tensor a skip connection, in order.
+        middle: for the middle block.
+    """
+
+    down: tuple[Tensor, ...]
+    middle: Tensor
 
 
 class StableDiffusion(nn.Module):
@@ -28,16 +58,21 @@ class StableDiffusion(nn.Module):
     number format the weights have.
     """
 
+    _kind: Kind = "stable_diffusion"
+
     alphas_cumprod: Tensor
 
-    def __init__(self, components: Components) -> None:
+    def __init__(self, components: Components, embedded_guidance: float = 0.0) -> None:
         """Take loaded parts; they are frozen, set to evaluation and laid out channels last.
 
         Args:
             components: as ``load_components`` returns them.
+            embedded_guidance: w, which an LCM's U-Net is told with the timestep; diffusers'
+                guidance scale less 1, so that 0 is no guidance.
 
         Raises:
-            ConfigurationError: the U-Net is not made for square latents.
+            ConfigurationError: the U-Net is not made for square latents, or it has no place for
+                the guidance given.
         """
         super().__init__()
         self.unet = components.unet.to(memory_format=torch.channels_last)
@@ -48,6 +83,7 @@ class StableDiffusion(nn.Module):
         self._prediction_type: PredictionType = schedule.config.prediction_type
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.float(), persistent=False)
         self._image_size = _image_size(components)
+        self.embedded_guidance = _checked_guidance(components, embedded_guidance)
         self.eval().requires_grad_(requires_grad=False)
 
     @classmethod
@@ -57,6 +93,7 @@ class StableDiffusion(nn.Module):
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
         revision: str | None = None,
+        embedded_guidance: float = 0.0,
     ) -> "StableDiffusion":
         """Load from a diffusers folder or hub id.
 
@@ -65,11 +102,13 @@ class StableDiffusion(nn.Module):
             dtype: number format of the weights; float16 may overflow in Stable Diffusion 2.x.
             variant: the weight files' variant, such as ``fp16``.
             revision: branch, tag or commit of a hub id.
+            embedded_guidance: w of an LCM; 0 is no guidance.
 
         Raises:
             ConfigurationError: a part is missing or of another kind of model.
         """
-        return cls(load_components(model, dtype, variant, revision))
+        components = load_components(model, dtype, variant, revision, (cls._kind,))
+        return cls(components, embedded_guidance)
 
     @property
     def image_size(self) -> int:
@@ -109,7 +148,7 @@ class StableDiffusion(nn.Module):
         Raises:
             ConfigurationError: a prompt has more tokens than the model reads.
         """
-        ids = torch.stack([self._tokenise(prompt) for prompt in prompts])
+        ids = torch.stack([tokenise(self.tokenizer, each, self._length) for each in prompts])
         embeddings: Tensor = self.text_encoder(ids.to(self.alphas_cumprod.device))[0]
         return embeddings
 
@@ -124,16 +163,7 @@ class StableDiffusion(nn.Module):
         Raises:
             ConfigurationError: the name is empty or not in the prompt.
         """
-        ids = self._tokenise(prompt).tolist()
-        wanted = self._words(name)
-        first = 1 + len(self._words(prompt[:start]))
-        mask = torch.zeros(len(ids), dtype=torch.bool)
-        for place in range(first, len(ids) - len(wanted) + 1):
-            if wanted and ids[place : place + len(wanted)] == wanted:
-                mask[place : place + len(wanted)] = True
-                return mask
-        message = f"class name {name!r} is not in the prompt {prompt[start:]!r}; name it there"
-        raise ConfigurationError(message)
+        return mark_tokens(self.tokenizer, prompt, name, start, self._length)
 
     def denoise(
         self,
@@ -143,10 +173,11 @@ class StableDiffusion(nn.Module):
         injection: Injection | None = None,
         *,
         checkpointing: bool = False,
+        residuals: Residuals | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Return the raw output of one U-Net pass, in the dtype of ``noisy``.
 
-        Without an active injection the U-Net is called untouched.
+        Without an active injection or residuals the U-Net is called untouched.
 
         Args:
             noisy: z_t, of any height and width.
@@ -155,6 +186,7 @@ class StableDiffusion(nn.Module):
             injection: masks and tokens of the same rows.
             checkpointing: keep few activations for a gradient taken later, and compute the
                 others again, the injection included.
+            residuals: of a ControlNet.
         """
         layers: dict[str, Processor] = {}
         if injection is not None and injection.active:
@@ -162,7 +194,7 @@ class StableDiffusion(nn.Module):
             layers = {name: processor for name, _ in attention_layers(self.unet)}
         within = checkpointed if checkpointing else installed
         with within(self.unet, layers):
-            return self._call_unet(noisy, timestep, embeddings)
+            return self._call_unet(noisy, timestep, embeddings, residuals)
 
     def self_attention(
         self, noisy: Float[Tensor, "b c h w"], timestep: int, embeddings: Float[Tensor, "b l d"]
@@ -184,11 +216,53 @@ class StableDiffusion(nn.Module):
             self._call_unet(noisy, timestep, embeddings)
         return records
 
-    def _call_unet(self, noisy: Tensor, timestep: int, embeddings: Tensor) -> Tensor:
+    def conditions(
+        self, noisy: Float[Tensor, "b c h w"], embeddings: Float[Tensor, "b l d"]
+    ) -> Conditions:
+        """Return what the U-Net is told, in its number format.
+
+        Args:
+            noisy: z_t.
+            embeddings: as ``embed`` returns them.
+        """
+        return Conditions(embeddings.to(self._number_format))
+
+    def _call_unet(
+        self,
+        noisy: Tensor,
+        timestep: int,
+        embeddings: Tensor,
+        residuals: Residuals | None = None,
+    ) -> Tensor:
         sample = self._laid_out(noisy, self.unet)
-        text = embeddings.to(sample.dtype)
-        output: Tensor = self.unet(sample, timestep, text, return_dict=False)[0]
+        told = self.conditions(noisy, embeddings)
+        output: Tensor = self.unet(
+            sample,
+            timestep,
+            told.text,
+            timestep_cond=self._timestep_condition(sample),
+            added_cond_kwargs=told.added,
+            down_block_additional_residuals=None if residuals is None else residuals.down,
+            mid_block_additional_residual=None if residuals is None else residuals.middle,
+            return_dict=False,
+        )[0]
         return output.to(noisy.dtype)
+
+    def _timestep_condition(self, sample: Tensor) -> Tensor | None:
+        size = self.unet.config.time_cond_proj_dim
+        if size is None:
+            return None
+        return guidance_embedding(self.embedded_guidance, size).expand(len(sample), -1).to(sample)
+
+    @property
+    def _number_format(self) -> torch.dtype:
+        dtype: torch.dtype = next(self.unet.parameters()).dtype
+        return dtype
+
+    @property
+    def _length(self) -> int:
+        """How many tokens the text encoder reads."""
+        return int(self.text_encoder.config.max_position_embeddings)
 
     def _grids(self, noisy: Tensor) -> dict[int, tuple[int, int]]:
         levels = len(self.unet.config.block_out_channels)
@@ -197,18 +271,6 @@ class StableDiffusion(nn.Module):
     def _laid_out(self, tensor: Tensor, network: nn.Module) -> Tensor:
         weight = next(network.parameters())
         return tensor.to(weight).contiguous(memory_format=torch.channels_last)
-
-    def _tokenise(self, prompt: str) -> Int[Tensor, " l"]:
-        length = self.text_encoder.config.max_position_embeddings
-        tokens = self.tokenizer(prompt, padding="max_length", max_length=length)["input_ids"]
-        if len(tokens) > length:
-            message = f"prompt {prompt!r} has {len(tokens)} tokens; the model reads {length}"
-            raise ConfigurationError(message)
-        return torch.tensor(tokens)
-
-    def _words(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -221,3 +283,13 @@ def _image_size(components: Components) -> int:
         message = f"unet/config.json: sample_size is {side}; only square models are supported"
         raise ConfigurationError(message)
     return int(side * 2 ** (len(components.vae.config.block_out_channels) - 1))
+
+
+def _checked_guidance(components: Components, guidance: float) -> float:
+    if guidance and components.unet.config.time_cond_proj_dim is None:
+        message = (
+            f"embedded_guidance is {guidance}, but the unet has no time_cond_proj_dim; only LCMs "
+            "take it, for others set guidance_scale of an update step"
+        )
+        raise ConfigurationError(message)
+    return guidance

@@ -64,6 +64,7 @@ class Rows:
         names: the class whose noise the row gets; empty for the image's own.
         foreground: ``(r, c, H, W)``, the masks injected in each row; all-zero ones fill up.
         tokens: ``(r, c, l)``, where each mask's class is named in the prompt.
+        classes: the names of each row's classes, in the order of its masks.
     """
 
     owner: tuple[int, ...]
@@ -71,6 +72,7 @@ class Rows:
     names: tuple[str, ...]
     foreground: Float[Tensor, "r c H W"]
     tokens: Float[Tensor, "r c l"]
+    classes: tuple[tuple[str, ...], ...]
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -84,6 +86,7 @@ class Rows:
             self.names[part],
             self.foreground[part],
             self.tokens[part],
+            self.classes[part],
         )
 
 
@@ -100,7 +103,14 @@ def rows_per_class(
     prompts, tokens = zip(*(context.prompt((name,)) for name in context.class_names), strict=True)
     names = context.class_names if own_noise else ("",) * len(prompts)
     stacked = torch.stack(tokens).to(foreground)
-    return Rows(tuple(context.owner.tolist()), prompts, names, foreground[:, None], stacked)
+    return Rows(
+        tuple(context.owner.tolist()),
+        prompts,
+        names,
+        foreground[:, None],
+        stacked,
+        tuple((name,) for name in context.class_names),
+    )
 
 
 def rows_per_image(foreground: Float[Tensor, "m H W"], context: RefinementContext) -> Rows:
@@ -111,13 +121,14 @@ def rows_per_image(foreground: Float[Tensor, "m H W"], context: RefinementContex
     groups = groups_per_image(context)
     most = max(len(masks) for masks in groups.members)
     prompts, tokens = [], []
-    for group in groups.members:
-        prompt, marks = context.prompt(tuple(context.class_names[m] for m in group))
+    classes = tuple(tuple(context.class_names[m] for m in group) for group in groups.members)
+    for group in classes:
+        prompt, marks = context.prompt(group)
         prompts.append(prompt)
         tokens.append(_fill_up(marks.to(foreground), most))
     names = ("",) * len(prompts)
     masks = groups.gather(foreground)
-    return Rows(groups.images, tuple(prompts), names, masks, torch.stack(tokens))
+    return Rows(groups.images, tuple(prompts), names, masks, torch.stack(tokens), classes)
 
 
 def noised(

@@ -31,6 +31,8 @@ class Injection:
         binarise_at: from where on a resized mask counts as 1; None keeps it soft.
         resize: how masks come to a layer's token grid.
         dense_strengths: w_k of the DenseDiffusion rule, for cross- and self-attention.
+        classes: the names of each row's classes, in the order of its maps, for generators that
+            take masks in another way than by attention.
     """
 
     foreground: Float[Tensor, "b c H W"]
@@ -42,6 +44,7 @@ class Injection:
     binarise_at: float | None = 0.5
     resize: Literal["nearest", "area"] = "area"
     dense_strengths: tuple[float, float] = (1.0, 0.3)
+    classes: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a weight whose square root does not exist."""

@@ -64,6 +64,7 @@ class DenoisingLoss:
             self_attention=self.self_attention,
             binarise_at=self.binarise_at,
             resize=self.mask_resize,
+            classes=rows.classes,
         )
         output = denoise(
             rows, context, noisy, timestep, injection, checkpointing=self.checkpointing

@@ -137,6 +137,7 @@ class Correspondence:
             rule=self.injection_rule,
             binarise_at=self.binarise_at,
             resize=self.mask_resize,
+            classes=rows.classes,
         )
         output = denoise(rows, context, noisy, self.timestep, injection, self.guidance_scale)
         generator = context.generator

@@ -32,7 +32,8 @@ from g4seg_pl.backbones.attention import (
     installed,
     token_grids,
 )
-from g4seg_pl.backbones.loading import check_model, resolve_dtype
+from g4seg_pl.backbones.kinds import check_model
+from g4seg_pl.backbones.loading import resolve_dtype
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.core.background import PowerBackground, Threshold
 from g4seg_pl.core.diffusion import add_noise, seeded_noise
@@ -201,7 +202,7 @@ class DiffSegmenter(SeedMaker):
     def setup(self, stage: str) -> None:
         """Refuse a model that cannot work, before any weights are loaded."""
         if self._needs_loading(self.generator):
-            check_model(self.model, self.revision)
+            check_model(self.model, self.revision, kinds=("stable_diffusion",))
 
     def configure_model(self) -> None:
         """Load the model, once."""

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from g4seg_pl.backbones.loading import check_model, load_components, resolve_dtype
+from g4seg_pl.backbones.kinds import check_model
+from g4seg_pl.backbones.loading import load_components, resolve_dtype
 from g4seg_pl.types import ConfigurationError
 
 

@@ -51,13 +51,56 @@ def test_refine_config_runs(config: Path, tmp_path: Path, sd1_folder: Path) -> N
     assert json.loads((tmp_path / "out" / "run.json").read_text())["seed_dialect"] == "clip_es"
 
 
-@pytest.mark.parametrize("added", ADDED_FILES, ids=lambda path: path.stem)
-def test_added_config_runs(added: Path, tmp_path: Path, sd1_folder: Path) -> None:
+def added_run(root: Path, model: Path, added: Path, *words: str) -> str:
+    """Run a file behind ``voc_clip_es.yaml`` and return the run's record."""
+    config = CONFIGS / "refine" / "voc_clip_es.yaml"
+    write_tree(root, config)
+    assert main([*predict_words(root, model, config, added), *words]) == 0
+    assert {path.stem for path in (root / "out" / "masks").iterdir()} == set(IDS)
+    return (root / "out" / "run.json").read_text()
+
+
+def test_crf_config_runs(tmp_path: Path, sd1_folder: Path) -> None:
     pytest.importorskip("pydensecrf")
+    added = CONFIGS / "refine" / "crf_clip_es.yaml"
+    assert "DenseCRF" in added_run(tmp_path, sd1_folder, added)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "lcm"])
+def test_config_of_another_generator_runs(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(f"{name}_folder")
+    assert added_run(tmp_path, model, CONFIGS / "refine" / f"{name}.yaml")
+
+
+def test_controlnet_config_runs(tmp_path: Path, sd1_folder: Path, controlnet_folder: Path) -> None:
+    words = ("--model.controlnet.model", str(controlnet_folder))
+    record = added_run(tmp_path, sd1_folder, CONFIGS / "refine" / "controlnet.yaml", *words)
+    settings = json.loads(record)
+    assert str(controlnet_folder) in record
+    assert '"train": "bus"' in json.dumps(settings)
+
+
+def test_a_class_without_a_colour_stops_the_run_before_weights_load(
+    tmp_path: Path,
+    sd1_folder: Path,
+    controlnet_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = CONFIGS / "refine" / "voc_clip_es.yaml"
     write_tree(tmp_path, config)
-    assert main(predict_words(tmp_path, sd1_folder, config, added)) == 0
-    assert "DenseCRF" in (tmp_path / "out" / "run.json").read_text()
+    words = predict_words(tmp_path, sd1_folder, config)
+    loaded: list[str] = []
+    monkeypatch.setattr("g4seg_pl.module.load_generator", lambda *_: loaded.append("weights"))
+    assert main([*words, "--model.controlnet.model", str(controlnet_folder)]) != 0
+    assert "no class near to train; give each an ADE20K class" in capsys.readouterr().err
+    assert not loaded
+
+
+def test_every_added_config_is_run_here() -> None:
+    assert {path.stem for path in ADDED_FILES} == {"crf_clip_es", "sdxl", "lcm", "controlnet"}
 
 
 @pytest.mark.parametrize("config", TRAINERS, ids=lambda path: path.stem)

@@ -1,0 +1,144 @@
+"""What kind of model a diffusers folder or hub id holds, from its configuration files alone."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig
+
+from g4seg_pl.types import ConfigurationError
+
+Kind = Literal["stable_diffusion", "sdxl"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Height and width of the picture as it was, its crop's corner, and height and width as it is.
+SIZE_NUMBERS = 6
+
+_NAMES = {"stable_diffusion": "Stable Diffusion 1.x or 2.x (or LCM)", "sdxl": "SDXL"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PARTS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",  # transformers 5 no longer writes vocab.json
+    "scheduler": "scheduler_config.json",
+}
+_SECOND_TEXT = {"text_encoder_2": "config.json", "tokenizer_2": "tokenizer_config.json"}
+
+
+def check_model(model: str, revision: str | None = None, kinds: Sequence[Kind] = KINDS) -> Kind:
+    """Return a model's kind, or refuse one that cannot work; only configuration files are read.
+
+    Args:
+        model: a diffusers folder or a hub id.
+        revision: branch, tag or commit of a hub id.
+        kinds: what the caller can use.
+
+    Raises:
+        ConfigurationError: with the folder or id, what is wrong with it and the remedy.
+    """
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
+        _require_parts(folder, {"unet": "config.json"}, kinds[0])
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    else:
+        require_hub_id(model)
+        config = read_part(model, "unet", UNet2DConditionModel.load_config, revision=revision)
+    kind = _kind(model, config, kinds)
+    if folder.is_dir():
+        _require_parts(folder, _PARTS | (_SECOND_TEXT if kind == "sdxl" else {}), kind)
+    if kind == "sdxl":
+        _check_additions(model, config, revision)
+    return kind
+
+
+def require_hub_id(model: str) -> None:
+    """Refuse what is neither a folder nor looks like a hub id.
+
+    Raises:
+        ConfigurationError: names it.
+    """
+    if not _HUB_ID.fullmatch(model):
+        message = f"model {model!r} is no folder; give a diffusers folder or a hub id owner/name"
+        raise ConfigurationError(message)
+
+
+def read_part(model: str, part: str, load: Callable[..., Any], **options: Any) -> Any:
+    """Return what ``load`` reads of one part of a model.
+
+    Args:
+        model: a diffusers folder or a hub id.
+        part: name of the subfolder.
+        load: ``from_pretrained`` or ``load_config`` of a class.
+        options: further arguments of ``load``.
+
+    Raises:
+        ConfigurationError: it cannot be read; names model, part and remedy.
+    """
+    try:
+        return load(model, subfolder=part, **options)
+    except (OSError, ValueError) as error:
+        message = (
+            f"model {model}: its {part} cannot be loaded ({error}); check the folder or hub id, "
+            "and `variant` if its weight files carry one"
+        )
+        raise ConfigurationError(message) from error
+
+
+def _require_parts(folder: Path, parts: dict[str, str], kind: Kind) -> None:
+    for part, config in parts.items():
+        if not (folder / part / config).is_file():
+            names = ", ".join(_PARTS | (_SECOND_TEXT if kind == "sdxl" else {}))
+            message = (
+                f"model folder {folder}{_pipeline(folder)} has no {part}/{config}; give the folder "
+                f"of a whole diffusers {_NAMES[kind]} model ({names})"
+            )
+            raise ConfigurationError(message)
+
+
+def _pipeline(folder: Path) -> str:
+    """What the folder says it is, to be read after its name."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return ""
+    return f" (a {json.loads(index.read_text(encoding='utf-8')).get('_class_name')})"
+
+
+def _kind(model: str, config: dict[str, Any], kinds: Sequence[Kind]) -> Kind:
+    unet, additions = config.get("_class_name"), config.get("addition_embed_type")
+    kind: Kind = "stable_diffusion" if additions is None else "sdxl"
+    reason = None
+    if unet != "UNet2DConditionModel":
+        reason = f"its unet is a {unet}"
+    elif additions not in (None, "text_time"):
+        reason = f"its unet takes additional embeddings of type {additions!r} (Kandinsky?)"
+    elif config.get("in_channels") != config.get("out_channels"):
+        reason = (
+            f"its unet has {config.get('in_channels')} input and {config.get('out_channels')} "
+            "output channels (an inpainting, depth or upscaling model?)"
+        )
+    elif kind not in kinds:
+        reason = f"it is {_NAMES[kind]}, which does not serve here"
+    if reason is not None:
+        wanted = " or ".join(_NAMES[name] for name in kinds)
+        message = f"model {model}: {reason}; give a text-to-image {wanted}"
+        raise ConfigurationError(message)
+    return kind
+
+
+def _check_additions(model: str, config: dict[str, Any], revision: str | None) -> None:
+    """Refuse an SDXL U-Net that is told other things than a picture's sizes and a pooled text."""
+    place = {"revision": revision} if revision else {}
+    text = read_part(model, "text_encoder_2", CLIPTextConfig.from_pretrained, **place)
+    sizes = SIZE_NUMBERS * int(config.get("addition_time_embed_dim") or 0)
+    expected = sizes + int(text.projection_dim)
+    given = config.get("projection_class_embeddings_input_dim")
+    if given != expected:
+        message = (
+            f"model {model}: its unet's projection_class_embeddings_input_dim is {given}, not "
+            f"{expected} (SDXL's refiner?); give a base model of SDXL"
+        )
+        raise ConfigurationError(message)
