@@ -63,26 +63,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Options:
-    """What a table is run with.
-
-    Attributes:
-        table: ``table-1`` to ``table-9``, ``table-11``, or ``fig-3`` to ``fig-12``.
-        world: run in the embedded world.
-        data: real data.
-        model: the generator.
-        rows: only rows whose label holds this text.
-        images: at most so many of each row; in the world 300, of real data all; a figure
-            chooses among its first 24.
-        noise_seeds: how many.
-        background: the seeds' rule on real data; the row's own if None.
-        chosen: settings chosen in the world.
-        clip: the world's CLIP.
-        configs: folder of the tables' YAML.
-        store: results; a run that was broken off goes on from there.
-        out: where ``<table>.json`` and ``<table>.md``, or the figure and its caption, go.
-        resamples: of the bootstrap.
-        quiet: print no progress.
-    """
+    """What a table is run with: the arguments of `paper`, which says what each means."""
 
     table: str
     world: bool
@@ -183,9 +164,19 @@ def main(words: Sequence[str]) -> int:
     parser = ArgumentParser(prog="g4seg paper", description=paper.__doc__)
     parser.add_argument("name", help="table-1 to table-9, table-11, or fig-3 to fig-12")
     parser.add_function_arguments(paper, skip={"table"}, as_group=False)
-    read = instantiated(parser, parser.parse_args(list(words)))
+    read = instantiated(parser, parser.parse_args(_with_values(words)))
     arguments = {name: value for name, value in vars(read).items() if name != "name"}
     return paper(read.name, **arguments)
+
+
+def _with_values(words: Sequence[str]) -> list[str]:
+    """The words, with ``true`` after a switch that stands alone, as the parser wants it."""
+    following = [*words[1:], ""]
+    alone = ("--world", "--quiet")
+    return [
+        f"{word}=true" if word in alone and after not in ("true", "false") else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 class PaperTable:

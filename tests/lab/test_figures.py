@@ -16,6 +16,7 @@ from g4seg_pl.lab.figures import HOW_CHOSEN, largest, most_wrong, one_a_sample, 
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.panels import POINTS, RIGHT, WRONG, Row, Trace
+from g4seg_pl.main import main
 from g4seg_pl.report import pictures
 from g4seg_pl.types import ConfigurationError, Sample, Seed
 
@@ -50,6 +51,13 @@ def test_figure_in_the_world(name: str, models: Models, tmp_path: Path) -> None:
         picture = np.asarray(opened)
     assert picture.shape[1] == len(plan["columns"]) * (plan.get("side", 160) + 4) - 4
     assert picture.std() > 10
+
+
+@pytest.mark.parametrize("switch", [["--world"], ["--world", "true"], ["--world=true"]])
+def test_the_switch_may_stand_alone(switch: list[str], tmp_path: Path) -> None:
+    words = ["paper", "fig-12", *switch, "--out", str(tmp_path), "--quiet"]
+    assert main(words) == 0
+    assert "no counterpart" in (tmp_path / "fig-12.md").read_text()
 
 
 def test_figure_on_data(models: Models, tmp_path: Path) -> None:
