@@ -16,6 +16,7 @@ from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.confidence import Averaged
 from g4seg_pl.core.likelihood import ChooseByLikelihood
+from g4seg_pl.core.null_text import NullTextCorrespondence
 from g4seg_pl.core.steps import Blur, Correspondence
 from g4seg_pl.module import G4SegModule
 from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask
@@ -90,6 +91,14 @@ def test_step_may_take_gradients_within_inference_mode(tmp_path: Path, sd1_folde
     masks = predicted(module, data(tmp_path))
     # Well inside the object: at its edges the change is interpolated.
     assert float(masks[IDS[0]].foreground[0, 14, 11]) == pytest.approx(0.9 * 0.8, abs=0.01)
+
+
+def test_null_text_inversion_runs_in_predict(tmp_path: Path, sd1_folder: Path) -> None:
+    step = NullTextCorrespondence(ddim_steps=2, inner_steps=1, beta=0.2, confidence_range=None)
+    masks = predicted(G4SegModule(str(sd1_folder), [step]), data(tmp_path))
+    plain = predicted(G4SegModule(str(sd1_folder), [Blur(sigma=0.0)]), data(tmp_path))
+    for name in IDS:
+        assert (masks[name].foreground - plain[name].foreground).abs().max() > 0.01
 
 
 def test_one_bad_image_does_not_stop_the_batch(tmp_path: Path, sd1_folder: Path) -> None:

@@ -76,16 +76,27 @@ class AdamMoments:
     count: int = 0
 
     def direction(
-        self, gradient: Float[Tensor, "r k h w"], decay: float = 0.9, square_decay: float = 0.999
-    ) -> Float[Tensor, "r k h w"]:
-        """Return the direction of one more step, and remember its gradient."""
+        self,
+        gradient: Float[Tensor, "..."],
+        decay: float = 0.9,
+        square_decay: float = 0.999,
+        epsilon: float = 0.0,
+    ) -> Float[Tensor, "..."]:
+        """Return the direction of one more step, and remember its gradient.
+
+        Args:
+            gradient: of any shape, the same every time.
+            decay: of the mean.
+            square_decay: of the squares' mean.
+            epsilon: added to the spread; 0 is blind to the gradient's size.
+        """
         zero = torch.zeros_like(gradient)
         self.count += 1
         self.first = torch.lerp(gradient, zero if self.first is None else self.first, decay)
         before = zero if self.second is None else self.second
         self.second = torch.lerp(gradient.square(), before, square_decay)
         mean = self.first / (1 - decay**self.count)
-        spread = (self.second / (1 - square_decay**self.count)).sqrt()
+        spread = (self.second / (1 - square_decay**self.count)).sqrt() + epsilon
         # Gradients per cell are small beyond measure; only a zero one may fall below this.
         return mean / spread.clamp_min(torch.finfo(gradient.dtype).tiny)
 

@@ -21,7 +21,8 @@ class RefinementState:
         before: ``(m, H, W)``, the masks it was given.
         after: ``(m, H, W)``, the masks it returned.
         artifacts: by-products by name, one row a mask; ``generated`` is x̃₀, ``(m, 3, H, W)`` in
-            [-1, 1], where the step generates an image.
+            [-1, 1], where the step generates an image; ``neighbours`` is δ, ``(m, h, w)``, where
+            it matches images, flat places on the same grid.
     """
 
     index: int

@@ -128,7 +128,17 @@ class Correspondence:
     def generate(self, rows: Rows, context: RefinementContext) -> Float[Tensor, "r 3 H W"]:
         """Return x̃₀, the conditional reconstruction of each row's image (Eq. 2-5)."""
         noisy, _ = noised(rows, context, self.timestep)
-        injection = Injection(
+        injection = self.injection(rows)
+        output = denoise(rows, context, noisy, self.timestep, injection, self.guidance_scale)
+        generator = context.generator
+        clean = predict_clean(
+            noisy, output, generator.alphas_cumprod, self.timestep, generator.prediction_type
+        )
+        return generator.decode(clean)
+
+    def injection(self, rows: Rows) -> Injection:
+        """Return what is injected into the conditional pass of the rows."""
+        return Injection(
             rows.foreground,
             rows.tokens,
             self.injection_weight,
@@ -139,12 +149,6 @@ class Correspondence:
             resize=self.mask_resize,
             classes=rows.classes,
         )
-        output = denoise(rows, context, noisy, self.timestep, injection, self.guidance_scale)
-        generator = context.generator
-        clean = predict_clean(
-            noisy, output, generator.alphas_cumprod, self.timestep, generator.prediction_type
-        )
-        return generator.decode(clean)
 
     def _rows(self, foreground: Tensor, context: RefinementContext) -> Rows:
         if self.all_classes_at_once:
@@ -178,6 +182,8 @@ class Correspondence:
 
     def _update(self, foreground: Tensor, found: Tensor, context: RefinementContext) -> Tensor:
         grid = resize_features(context.reference_features[:1], self.match_size).shape[2:]
+        name = "discrepancy" if self.matching == "aligned" else "neighbours"
+        context.record(name, found.view(len(found), grid[0], grid[1]))
         coarse = functional.adaptive_avg_pool2d(foreground, (grid[0], grid[1]))
         if self.matching == "aligned":
             target = aligned_target(coarse, found)

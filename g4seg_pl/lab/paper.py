@@ -63,25 +63,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Options:
-    """What a table is run with.
-
-    Attributes:
-        table: ``table-1`` to ``table-9``, ``table-11`` or ``fig-4``.
-        world: run in the embedded world.
-        data: real data.
-        model: the generator.
-        rows: only rows whose label holds this text.
-        images: at most so many of each row; in the world 300, of real data all.
-        noise_seeds: how many.
-        background: the seeds' rule on real data; the row's own if None.
-        chosen: settings chosen in the world.
-        clip: the world's CLIP.
-        configs: folder of the tables' YAML.
-        store: results; a run that was broken off goes on from there.
-        out: where ``<table>.json`` and ``<table>.md`` are written.
-        resamples: of the bootstrap.
-        quiet: print no progress.
-    """
+    """What a table is run with: the arguments of `paper`, which says what each means."""
 
     table: str
     world: bool
@@ -117,22 +99,23 @@ def paper(
     resamples: int = 1000,
     quiet: bool = False,
 ) -> int:
-    """Run a table of the paper, in the embedded world or on real data, and print both figures.
+    """Run a table or draw a figure of the paper, in the embedded world or on real data.
 
     Args:
-        table: table-1 to table-9, table-11 or fig-4.
+        table: table-1 to table-9, table-11, or fig-3 to fig-12.
         world: run in the embedded world.
         data: real data: --data.root, --data.seeds, --data.split, --data.dialect.
         model: the generator: --model.model, --model.device.
         rows: only rows whose label holds this text.
-        images: at most so many of each row; in the world 300, of real data all.
+        images: at most so many of each row; in the world 300, of real data all; a figure
+            chooses among its first 24.
         noise_seeds: how many.
         background: the seeds' rule on real data; the row's own if None.
         chosen: settings chosen in the world.
         clip: the world's CLIP.
         configs: folder of the tables' YAML.
         store: results; a run that was broken off goes on from there.
-        out: where <table>.json and <table>.md are written.
+        out: where <table>.json and <table>.md, or <figure>.png and <figure>.md, are written.
         resamples: of the bootstrap.
         quiet: print no progress.
 
@@ -156,7 +139,13 @@ def paper(
         resamples,
         quiet,
     )
-    made = PaperTable(options).table()
+    plan = PaperTable(options)
+    if "columns" in plan.plan:
+        from g4seg_pl.lab.figures import PaperFigure  # it is made from a PaperTable
+
+        print(PaperFigure(plan).write(out))
+        return 0
+    made = plan.table()
     made.write(out)
     (out / f"{made.name}.md").write_text(made.markdown(), encoding="utf-8")
     print(made.markdown())
@@ -173,11 +162,21 @@ def main(words: Sequence[str]) -> int:
         the exit status.
     """
     parser = ArgumentParser(prog="g4seg paper", description=paper.__doc__)
-    parser.add_argument("name", help="table-1 to table-9, table-11 or fig-4")
+    parser.add_argument("name", help="table-1 to table-9, table-11, or fig-3 to fig-12")
     parser.add_function_arguments(paper, skip={"table"}, as_group=False)
-    read = instantiated(parser, parser.parse_args(list(words)))
+    read = instantiated(parser, parser.parse_args(_with_values(words)))
     arguments = {name: value for name, value in vars(read).items() if name != "name"}
     return paper(read.name, **arguments)
+
+
+def _with_values(words: Sequence[str]) -> list[str]:
+    """The words, with ``true`` after a switch that stands alone, as the parser wants it."""
+    following = [*words[1:], ""]
+    alone = ("--world", "--quiet")
+    return [
+        f"{word}=true" if word in alone and after not in ("true", "false") else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 class PaperTable:
@@ -233,12 +232,12 @@ class PaperTable:
 
     def _rows(self, row: Mapping[str, Any]) -> list[dict[str, Cell]]:
         reason = row.get("not_here") if self.options.world else row.get("needs")
-        published: dict[str, Any] = row.get("paper", {})
+        published: dict[str, Any] = self.here(row, "paper") or {}
         if reason:
             told: dict[str, Cell] = {"row": row["row"], "not run": str(reason)}
             return [told | {"way": name, "(P)": value} for name, value in published.items()]
-        source, rule = self._source(row)
-        ways = self._ways(row, source)
+        source, rule = self.source(row)
+        ways = self.ways(row)
         every = [Way("seed"), *ways]
         runner = self.lab.runner()
         found = runner.run(every, source, rule, self.lab.noise_seeds)
@@ -248,7 +247,8 @@ class PaperTable:
         measured = [line(n, found["seed"], runs, self.lab.resamples) for n, runs in found.items()]
         return [head | _row_of(each, published.get(each.way)) for each in measured]
 
-    def _source(self, row: Mapping[str, Any]) -> tuple[Source, BackgroundRule]:
+    def source(self, row: Mapping[str, Any]) -> tuple[Source, BackgroundRule]:
+        """A row's images with coarse masks, and the rule of their background."""
         if self.options.world:
             kind: SeedKind = row["world"]
             return self.lab.source(kind), self.lab.background(kind)
@@ -279,8 +279,14 @@ class PaperTable:
             raise ConfigurationError(message)
         return given
 
-    def _ways(self, row: Mapping[str, Any], source: Source) -> list[Way]:
-        names = [name for name in row["ways"] if name != "seed"]
+    def here(self, row: Mapping[str, Any], field: str) -> Any:
+        """A row's field; in the world its own for the world, if it has one."""
+        own = f"world_{field}"
+        return row[own] if self.options.world and own in row else row.get(field)
+
+    def ways(self, row: Mapping[str, Any]) -> list[Way]:
+        """A row's ways but for the seed itself."""
+        names = [name for name in self.here(row, "ways") if name != "seed"]
         if not self.options.world:
             return ways_of(names, read_ways(WAYS))
         kind: SeedKind = row["world"]

@@ -19,9 +19,18 @@ from g4seg_pl.core.controls import (
 )
 from g4seg_pl.core.gradient import Gradient
 from g4seg_pl.core.likelihood import ChooseByLikelihood
+from g4seg_pl.core.null_text import NullTextCorrespondence
 from g4seg_pl.core.steps import Blur, Correspondence, NestedStep
 
-PLAIN = [Affinity, Gradient, ColourAffinity, FeatureAffinity, RandomWalk, EdgeFilter]
+PLAIN = [
+    NullTextCorrespondence,
+    Affinity,
+    Gradient,
+    ColourAffinity,
+    FeatureAffinity,
+    RandomWalk,
+    EdgeFilter,
+]
 WRAPPERS = [Averaged, FlatInjection, OtherLatent, OtherClass, ChooseByLikelihood]
 
 
