@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models import WeightsEnum
 
 from g4seg_pl.segmentation.deeplab_v2 import (
     CAFFE_MEAN_BGR,
@@ -160,6 +162,32 @@ def test_checkpoint_names_are_a_bijection() -> None:
     renamed = backbone_weights(weights)
     assert len(renamed) == len(weights)
     assert set(renamed) == set(dilated_resnet("resnet50", 8).state_dict())
+
+
+def test_torchvisions_coco_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = torchvision.models.segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None, num_classes=4, aux_loss=True
+    ).eval()
+    asked: list[str] = []
+
+    def stored(weights: WeightsEnum, **_: object) -> dict[str, Tensor]:
+        asked.append(str(weights))
+        return theirs.state_dict()
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", stored)
+    torch.save(theirs.state_dict(), tmp_path / "net.pth")
+    networks = [
+        DeepLabV2(3, "resnet50", "coco"),
+        DeepLabV2(3, "resnet50", str(tmp_path / "net.pth")),
+        DeepLabV3(3, weights="coco"),
+    ]
+    picture = torch.randn(1, 3, 33, 41)
+    with torch.no_grad():
+        expected = theirs.backbone(picture)["out"]
+        for network in networks:
+            network.load_pretrained()
+            assert torch.allclose(network.eval().backbone(picture)["4"], expected, atol=1e-5)
+    assert asked == ["DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"] * 2
 
 
 @pytest.mark.parametrize(
