@@ -30,6 +30,7 @@ model:
     network:
       class_path: segmentation_models_pytorch.DeepLabV3Plus
       init_args: {encoder_name: resnet18, encoder_weights: null, classes: 21}
+    size_multiple: 16
 """
 
 pytestmark = [

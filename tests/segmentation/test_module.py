@@ -298,6 +298,7 @@ def test_wrong_number_of_labels_is_named(root: Path) -> None:
     ("changes", "settings", "said"),
     [
         ({"scales": ()}, {}, "scales"),
+        ({"size_multiple": 0}, {}, "size_multiple"),
         ({"heads": ["no_such"]}, {}, "heads"),
         ({}, {"max_epochs": -1}, "max_epochs"),
         ({"loss": SoftCrossEntropy()}, {}, r"data\.soft"),
