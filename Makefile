@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 LAB := $(BIN)/python -m g4seg_pl.lab
 
-.PHONY: demo test lint lab clean
+.PHONY: demo test lint lab loop clean
 
 .venv/run.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,6 +33,11 @@ lab: .venv/test.stamp
 	$(LAB) claim modules refiners controls groups likelihood open_vocabulary costs
 	$(LAB) sensitivity signals words failures --kinds gradcam
 	$(LAB) report
+
+# Trains fifteen small networks; resumes where it was killed.
+PROCESSES ?= 2
+loop: .venv/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m g4seg_pl.segmentation.loop --processes $(PROCESSES)
 
 clean:
 	rm -rf .venv outputs

@@ -13,8 +13,7 @@ from jaxtyping import install_import_hook
 # Nothing here may reach for the network: a test that does is wrong.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tiny networks gain nothing from a second thread, and torch 2.15 with two threads crashes in the
-# backward pass of the small DeepLab's convolutions on a CPU (seen, cause not yet found).
+# Tiny networks gain nothing from a second thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shapes in signatures are checked under pytest only; this must precede the first import of ours.

@@ -20,6 +20,7 @@ from g4seg_pl.types import ConfigurationError
 
 Depth = Literal["resnet50", "resnet101"]
 Style = Literal["torchvision", "caffe"]
+Start = Literal["imagenet", "coco", "random"]
 
 RATES = (6, 12, 18, 24)
 CAFFE_MEAN_BGR = (104.008, 116.669, 122.675)
@@ -55,9 +56,10 @@ class DeepLabV2(nn.Module):
     Args:
         num_labels: labels, background included.
         depth: of the ResNet.
-        weights: what it starts from: ``random``, ``imagenet`` for torchvision's weights, or a file,
-            such as the published COCO checkpoints (kazuto1011/deeplab-pytorch,
-            isht7/pytorch-deeplab-resnet). Classifiers are taken over where their number fits.
+        weights: what it starts from: ``random``; torchvision's weights, ``imagenet`` or ``coco``,
+            see :func:`load_torchvision`; or a file, such as the published COCO checkpoints
+            (kazuto1011/deeplab-pytorch, isht7/pytorch-deeplab-resnet), whose classifiers are taken
+            over where their number fits.
         style: ``caffe`` for checkpoints that stem from caffe: pictures in BGR from 0 to 255, the
             stride in a block's first convolution, and a pooling that rounds up.
     """
@@ -86,10 +88,8 @@ class DeepLabV2(nn.Module):
             ConfigurationError: the file cannot be read, is of the other style, or fits no ResNet
                 of this depth.
         """
-        if self.weights == "random":
-            return
-        if self.weights == "imagenet":
-            load_imagenet(self.backbone, self.depth)
+        if self.weights in ("random", "imagenet", "coco"):
+            load_torchvision(self.backbone, self.depth, cast(Start, self.weights))
             return
         weights = read_weights(Path(self.weights))
         found: Style = "caffe" if is_caffe(weights) else "torchvision"
@@ -149,11 +149,22 @@ class ResNetFeatures(nn.ModuleDict):
 _UNUSED = ("avgpool", "fc")
 
 
-def load_imagenet(backbone: nn.Module, depth: Depth) -> None:
-    """Load torchvision's ImageNet weights, those its DeepLabs were trained from."""
-    enum = torchvision.models.get_model_weights(depth)
-    weights = enum["IMAGENET1K_V1"].get_state_dict(progress=False)
-    load_backbone(backbone, weights, f"torchvision's {depth}")
+def load_torchvision(backbone: nn.Module, depth: Depth, start: Start) -> None:
+    """Load torchvision's weights of a ResNet.
+
+    Args:
+        backbone: of :func:`dilated_resnet`.
+        depth: its depth.
+        start: ``imagenet`` for the classifier that torchvision's DeepLabs were trained from,
+            ``coco`` for the backbone of its DeepLabV3, which was trained on pixel labels of COCO's
+            pictures in VOC's twenty classes; ``random`` leaves it as it is.
+    """
+    if start == "random":
+        return
+    network = depth if start == "imagenet" else f"deeplabv3_{depth}"
+    version = "IMAGENET1K_V1" if start == "imagenet" else "COCO_WITH_VOC_LABELS_V1"
+    weights = torchvision.models.get_model_weights(network)[version].get_state_dict(progress=False)
+    load_backbone(backbone, backbone_weights(weights), f"torchvision's {network}")
 
 
 def load_backbone(backbone: nn.Module, weights: dict[str, Tensor], source: str) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead
 
-from g4seg_pl.segmentation.deeplab_v2 import Depth, dilated_resnet, load_imagenet
+from g4seg_pl.segmentation.deeplab_v2 import Depth, Start, dilated_resnet, load_torchvision
 
 RATES = {8: (12, 24, 36), 16: (6, 12, 18)}
 
@@ -18,7 +18,7 @@ class DeepLabV3(nn.Module):
     Args:
         num_labels: labels, background included.
         depth: of the ResNet.
-        weights: ``imagenet`` for torchvision's weights, or ``random``.
+        weights: of the ResNet: torchvision's, ``imagenet`` or ``coco``, or ``random``.
         output_stride: 8 or 16.
     """
 
@@ -26,7 +26,7 @@ class DeepLabV3(nn.Module):
         self,
         num_labels: int = 21,
         depth: Depth = "resnet50",
-        weights: Literal["imagenet", "random"] = "imagenet",
+        weights: Start = "imagenet",
         output_stride: Literal[8, 16] = 8,
     ) -> None:
         super().__init__()
@@ -37,8 +37,7 @@ class DeepLabV3(nn.Module):
 
     def load_pretrained(self) -> None:
         """Load ``weights``."""
-        if self.weights == "imagenet":
-            load_imagenet(self.backbone, self.depth)
+        load_torchvision(self.backbone, self.depth, self.weights)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``(B, num_labels, h, w)`` of normalised images ``(B, 3, H, W)``."""
@@ -81,7 +80,7 @@ class DeepLabV3Plus(nn.Module):
     Args:
         num_labels: labels, background included.
         depth: of the ResNet.
-        weights: ``imagenet`` for torchvision's weights, or ``random``.
+        weights: of the ResNet: torchvision's, ``imagenet`` or ``coco``, or ``random``.
         output_stride: 8 or 16.
     """
 
@@ -89,7 +88,7 @@ class DeepLabV3Plus(nn.Module):
         self,
         num_labels: int = 21,
         depth: Depth = "resnet50",
-        weights: Literal["imagenet", "random"] = "imagenet",
+        weights: Start = "imagenet",
         output_stride: Literal[8, 16] = 16,
     ) -> None:
         super().__init__()
@@ -100,8 +99,7 @@ class DeepLabV3Plus(nn.Module):
 
     def load_pretrained(self) -> None:
         """Load ``weights``."""
-        if self.weights == "imagenet":
-            load_imagenet(self.backbone, self.depth)
+        load_torchvision(self.backbone, self.depth, self.weights)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``(B, num_labels, h, w)`` of normalised images ``(B, 3, H, W)``."""

@@ -24,7 +24,7 @@ from g4seg_pl.segmentation.optimisation import (
     parameter_groups,
     poly_factor,
 )
-from g4seg_pl.segmentation.outputs import Pretrained, logits_of, resize_logits
+from g4seg_pl.segmentation.outputs import Pretrained, padded_logits, resize_logits
 from g4seg_pl.segmentation.scores import ConfusionMatrix, summary
 from g4seg_pl.types import ConfigurationError, RefinedMask
 
@@ -49,6 +49,8 @@ class SegmentationModule(pl.LightningModule):
         frozen_batch_norm: fix batch norm outside the head, as DeepLabV2 is trained.
         scales: of the pictures in test and predict; validation looks once.
         flip: whether test and predict also look at the mirror image.
+        size_multiple: pictures are padded so that their sides are a multiple of it, which networks
+            of segmentation_models_pytorch need (16 or 32); masks keep the pictures' size.
         crf: run a dense CRF with these settings in test and predict; None does not.
         seed: of what is random within the network, together with the epoch.
     """
@@ -65,6 +67,7 @@ class SegmentationModule(pl.LightningModule):
         frozen_batch_norm: bool = False,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        size_multiple: int = 1,
         crf: CRFSettings | None = None,
         seed: int = 0,
     ) -> None:
@@ -77,6 +80,7 @@ class SegmentationModule(pl.LightningModule):
         self.power, self.warmup_steps = power, warmup_steps
         self.frozen_batch_norm = frozen_batch_norm
         self.scales, self.flip, self.crf = tuple(scales), flip, crf
+        self.size_multiple = size_multiple
         self.seed = seed
         self.confusion: ConfusionMatrix | None = None
         self._label_names: tuple[str, ...] = ()
@@ -93,6 +97,7 @@ class SegmentationModule(pl.LightningModule):
             "checkpoint_modified": modified,
             "scales": self.scales,
             "flip": self.flip,
+            "size_multiple": self.size_multiple,
             "crf": self.crf,
             # Soft maps are a softmax's: read by datamodules.PseudoLabelDataModule.
             "marginals": True,
@@ -102,9 +107,12 @@ class SegmentationModule(pl.LightningModule):
         """Prepare the counts; refuse what cannot work.
 
         Raises:
-            ConfigurationError: a scale is not positive, the dense CRF is not installed, or the
-                data does not say what its labels are.
+            ConfigurationError: a scale or multiple is not positive, the dense CRF is not installed,
+                or the data does not say what its labels are.
         """
+        if self.size_multiple < 1:
+            msg = f"size_multiple is {self.size_multiple}: give 1 for no padding, or more"
+            raise ConfigurationError(msg)
         if not self.scales or min(self.scales) <= 0:
             msg = f"scales are {list(self.scales)}: give at least one positive factor"
             raise ConfigurationError(msg)
@@ -138,7 +146,11 @@ class SegmentationModule(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``(B, C, H, W)`` of normalised images ``(B, 3, H, W)``, at their size."""
         size = (images.shape[-2], images.shape[-1])
-        return resize_logits(logits_of(self.network(images)), size)
+        return resize_logits(self.logits(images), size)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return logits ``(B, C, h, w)`` of normalised images ``(B, 3, H, W)`` at any size."""
+        return padded_logits(self.network, images, self.size_multiple)
 
     def on_train_epoch_start(self) -> None:
         """Let the network's own randomness depend on seed, epoch and process only.
@@ -188,7 +200,7 @@ class SegmentationModule(pl.LightningModule):
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` by all scales, mirrored and sharpened as configured."""
-        result = predict_probabilities(self.network, images, self.scales, flip=self.flip)
+        result = predict_probabilities(self.logits, images, self.scales, flip=self.flip)
         return result if self.crf is None else sharpen_probabilities(images, result, self.crf)
 
     def on_validation_epoch_end(self) -> None:

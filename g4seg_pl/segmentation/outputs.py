@@ -1,6 +1,6 @@
 """What a network may return, and the logits in it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -38,6 +38,27 @@ def logits_of(output: Any) -> Tensor:
         "mapping with `out`, or an object with `logits`"
     )
     raise TypeError(msg)
+
+
+def padded_logits(network: Callable[[Tensor], Any], images: Tensor, multiple: int) -> Tensor:
+    """Return the logits of a network that only takes sides that are a multiple of a number.
+
+    Args:
+        network: from images to anything that :func:`logits_of` understands.
+        images: normalised ``(B, 3, H, W)``; they are padded to the right and below by 0, which is
+            the mean colour.
+        multiple: of the sides; 1 pads nothing.
+
+    Returns:
+        logits at the network's own size if nothing was padded, else ``(B, C, H, W)``.
+    """
+    height, width = images.shape[-2:]
+    below, right = -height % multiple, -width % multiple
+    if not below and not right:
+        return logits_of(network(images))
+    padded = functional.pad(images, (0, right, 0, below))
+    logits = resize_logits(logits_of(network(padded)), (height + below, width + right))
+    return logits[..., :height, :width]
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,7 +3,8 @@
 Two families are in use, both converted from the authors' caffe models: kazuto1011/deeplab-pytorch
 (``layer2.block1.reduce.conv.weight``; ``base.`` before it in whole networks) and
 isht7/pytorch-deeplab-resnet with its many descendants (torchvision's own names behind ``Scale.``,
-the classifier in ``layer5.conv2d_list``). Plain torchvision checkpoints pass through.
+the classifier in ``layer5.conv2d_list``). Checkpoints of torchvision's classifiers and of its
+segmentation networks (``backbone.`` before the names) pass through.
 """
 
 import pickle
@@ -18,7 +19,7 @@ from g4seg_pl.types import ConfigurationError
 Weights = dict[str, Tensor]
 
 _BRANCHES = {"reduce": 1, "conv3x3": 2, "increase": 3}
-_WRAPPERS = re.compile(r"^(module\.|base\.|Scale\.|scale\.)+")
+_WRAPPERS = re.compile(r"^(module\.|base\.|backbone\.|Scale\.|scale\.)+")
 _SHORTCUTS = {"conv": "0", "bn": "1"}
 
 

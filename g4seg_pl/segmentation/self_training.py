@@ -124,7 +124,7 @@ class RefreshPseudoLabels(Callback):
         """The network's probabilities ``(C, H, W)`` of a uint8 picture."""
         with torch.no_grad():
             batch = normalise(image)[None].to(module.device)
-            return predict_probabilities(module.network, batch, self.scales, flip=self.flip)[0]
+            return predict_probabilities(module.logits, batch, self.scales, flip=self.flip)[0]
 
     def _refined(self, sample: Sample, device: torch.device) -> RefinedMask:
         """Let the refiner work on one prediction."""

@@ -71,15 +71,18 @@ class _Residual(nn.Module):
         super().__init__()
         self.first = _convolution(in_channels, out_channels, stride=stride, dilation=dilation)
         self.second = _convolution(out_channels, out_channels, dilation=dilation, activate=False)
+        self.stride = stride
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels or stride != 1:
-            self.shortcut = _convolution(
-                in_channels, out_channels, size=1, stride=stride, activate=False
-            )
+            self.shortcut = _convolution(in_channels, out_channels, size=1, activate=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return features of the block's own width and stride."""
-        return functional.relu(self.second(self.first(features)) + self.shortcut(features))
+        # The pixels are picked here and not by a strided 1x1 convolution, which would compute the
+        # same: with channels last and fewer than 16 channels, oneDNN's gradient of its weights
+        # writes beyond its buffer (uxlfoundation/oneDNN#6035; torch 2.14 on a CPU with AVX-512).
+        picked = features[..., :: self.stride, :: self.stride]
+        return functional.relu(self.second(self.first(features)) + self.shortcut(picked))
 
 
 def _joined(coarse: list[Tensor], fine: Tensor) -> Tensor:

@@ -155,6 +155,7 @@ def epoch(root: Path, number: int, workers: int, seed: int = 0) -> torch.Tensor:
     return torch.cat([batch["image"] for batch in loader])
 
 
+@pytest.mark.filterwarnings("ignore:.*will create 2 worker processes")  # on a single core
 def test_draws_depend_on_seed_and_epoch_only(root: Path) -> None:
     torch.manual_seed(1)
     first = epoch(root, 0, workers=0)

@@ -35,6 +35,24 @@ def test_crop_and_flip_are_the_same_for_all_three(seed: int) -> None:
     assert np.array_equal(image[top : top + 24, left : left + 24][:, ::step], result["image"])
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_scale_is_the_same_for_all_three(seed: int) -> None:
+    mask = np.kron(RNG.integers(0, 5, (5, 6)), np.ones((10, 10))).astype(np.uint8)
+    image = np.repeat(50 * mask[..., None], 3, axis=-1)
+    soft = np.eye(5, dtype=np.float32)[mask]
+    result = Augmenter(Augmentation(crop_size=40, scale=(0.5, 2.0)))(image, mask, soft, seed)
+    inside = result["mask"] != 255
+    assert np.array_equal(result["soft"][inside].argmax(-1), result["mask"][inside])
+    # Where neighbours agree, the interpolated picture is its mask, too; at the crop's border they
+    # cannot be seen.
+    window = np.ones((5, 5))
+    smooth = cv2.erode(result["mask"], window) == cv2.dilate(result["mask"], window)
+    smooth[:2] = smooth[-2:] = smooth[:, :2] = smooth[:, -2:] = False
+    middle = smooth & inside
+    assert middle.sum() > 20
+    assert np.array_equal(result["image"][middle][:, 0], 50 * result["mask"][middle])
+
+
 @pytest.mark.parametrize("factor", [0.5, 0.8, 1.7, 2.0])
 def test_scale_is_that_of_cv2(factor: float) -> None:
     image = RNG.integers(0, 256, (40, 30, 3), dtype=np.uint8)

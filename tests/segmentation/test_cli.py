@@ -24,6 +24,15 @@ CONFIGS = REPOSITORY / "configs" / "train"
 FRAGMENTS = ("ema", "early_stop", "confident", "crf")
 WHOLE = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in FRAGMENTS)
 
+OTHER_NETWORK = """
+model:
+  init_args:
+    network:
+      class_path: segmentation_models_pytorch.DeepLabV3Plus
+      init_args: {encoder_name: resnet18, encoder_weights: null, classes: 21}
+    size_multiple: 16
+"""
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*weights_only"),
     pytest.mark.filterwarnings("ignore:.*Precision bf16-mixed is not supported by the model"),
@@ -85,6 +94,29 @@ def test_two_steps_of_every_configuration(root: Path, config: str) -> None:
 def test_dry_run_of_every_configuration(root: Path, config: str) -> None:
     assert main(["fit", *words(root, config), "--trainer.fast_dev_run", "true"]) == 0
     assert not (root / "run").exists()
+
+
+def test_dry_run_with_every_addition(root: Path) -> None:
+    pytest.importorskip("pydensecrf")
+    layers = [word for name in FRAGMENTS for word in ("-c", str(CONFIGS / f"{name}.yaml"))]
+    arguments = [*words(root, "scenes_small"), *layers, "--trainer.fast_dev_run", "true"]
+    assert main(["fit", *arguments]) == 0
+
+
+def test_somebody_elses_network_by_its_class(root: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    network = root / "network.yaml"
+    network.write_text(OTHER_NETWORK)
+    arguments = words(root, "voc_deeplabv3plus_r50")
+    # The configuration's own network has other arguments.
+    cut = arguments.index("--model.network.depth")
+    two = ["--trainer.max_steps", "2", "--trainer.check_val_every_n_epoch", "2"]
+    bare = ["--trainer.logger", "false", "--best.save_top_k", "0", "--last.save_top_k", "0"]
+    cli = run(["fit", *arguments[:cut], "-c", str(network), *two, *bare])
+    assert type(cli.model.network).__module__.startswith("segmentation_models_pytorch")
+    groups = cli.trainer.optimizers[0].param_groups
+    assert [group["name"] for group in groups] == ["backbone", "head"]
+    assert groups[1]["initial_lr"] == pytest.approx(10 * groups[0]["initial_lr"])
 
 
 def test_a_run_from_training_to_the_test_server(

@@ -7,8 +7,14 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import yaml
 from fake_voc import IDS
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+)
 from PIL import Image
 from segmentation.trees import data_module, label_file, write_tree
 from torch import Tensor, nn
@@ -24,6 +30,8 @@ from g4seg_pl.segmentation.pictures import colours
 from g4seg_pl.segmentation.small_deeplab import SmallDeepLab
 from g4seg_pl.segmentation.voc_server import VOCServerWriter
 from g4seg_pl.types import ConfigurationError
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "train"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*WeightAveraging callback with a model that overrides"),
@@ -150,6 +158,26 @@ def test_best_checkpoint_is_that_of_the_best_miou(root: Path) -> None:
     assert scores[0]["val/miou"] == pytest.approx(float(keeper.best_model_score), abs=1e-3)
 
 
+def test_a_run_stops_when_miou_no_longer_rises(root: Path) -> None:
+    written = yaml.safe_load((CONFIGS / "early_stop.yaml").read_text())
+    (added,) = written["trainer"]["callbacks+"]
+    assert added["class_path"] == "lightning.pytorch.callbacks.EarlyStopping"
+    # A learning rate of 0 and frozen statistics: every validation finds the same.
+    torch.manual_seed(0)
+    module = SegmentationModule(
+        Dropping(),
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0),
+        frozen_batch_norm=True,
+        heads=["head"],
+    )
+    stop = EarlyStopping(**(added["init_args"] | {"patience": 2}))
+    run = trainer(root, stop, max_epochs=9)
+    run.fit(module, data_module(root))
+    # The first is the best so far, two more do not improve on it.
+    assert stop.stopped_epoch == 2
+    assert run.current_epoch == 3
+
+
 def test_miou_is_the_data_sets_confusion_matrix(root: Path) -> None:
     module = small()
     run = trainer(root)
@@ -270,6 +298,7 @@ def test_wrong_number_of_labels_is_named(root: Path) -> None:
     ("changes", "settings", "said"),
     [
         ({"scales": ()}, {}, "scales"),
+        ({"size_multiple": 0}, {}, "size_multiple"),
         ({"heads": ["no_such"]}, {}, "heads"),
         ({}, {"max_epochs": -1}, "max_epochs"),
         ({"loss": SoftCrossEntropy()}, {}, r"data\.soft"),

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models import WeightsEnum
 
 from g4seg_pl.segmentation.deeplab_v2 import (
     CAFFE_MEAN_BGR,
@@ -17,7 +19,7 @@ from g4seg_pl.segmentation.deeplab_v2 import (
 )
 from g4seg_pl.segmentation.deeplab_v3 import DeepLabV3, DeepLabV3Plus
 from g4seg_pl.segmentation.normalisation import denormalise, normalise
-from g4seg_pl.segmentation.outputs import logits_of, resize_logits
+from g4seg_pl.segmentation.outputs import logits_of, padded_logits, resize_logits
 from g4seg_pl.segmentation.published import backbone_weights
 from g4seg_pl.segmentation.segformer import SegFormer
 from g4seg_pl.segmentation.small_deeplab import SmallDeepLab
@@ -162,6 +164,32 @@ def test_checkpoint_names_are_a_bijection() -> None:
     assert set(renamed) == set(dilated_resnet("resnet50", 8).state_dict())
 
 
+def test_torchvisions_coco_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = torchvision.models.segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None, num_classes=4, aux_loss=True
+    ).eval()
+    asked: list[str] = []
+
+    def stored(weights: WeightsEnum, **_: object) -> dict[str, Tensor]:
+        asked.append(str(weights))
+        return theirs.state_dict()
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", stored)
+    torch.save(theirs.state_dict(), tmp_path / "net.pth")
+    networks = [
+        DeepLabV2(3, "resnet50", "coco"),
+        DeepLabV2(3, "resnet50", str(tmp_path / "net.pth")),
+        DeepLabV3(3, weights="coco"),
+    ]
+    picture = torch.randn(1, 3, 33, 41)
+    with torch.no_grad():
+        expected = theirs.backbone(picture)["out"]
+        for network in networks:
+            network.load_pretrained()
+            assert torch.allclose(network.eval().backbone(picture)["4"], expected, atol=1e-5)
+    assert asked == ["DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"] * 2
+
+
 @pytest.mark.parametrize(
     ("content", "style", "said"),
     [
@@ -211,6 +239,29 @@ def test_logits_are_found_in_what_networks_return() -> None:
     with pytest.raises(TypeError, match="tuple"):
         logits_of((logits,))
     assert resize_logits(logits.bfloat16(), (8, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("size", "padded"), [((40, 52), (48, 64)), ((48, 33), (48, 48))])
+def test_pictures_are_padded_for_networks_that_ask_for_it(
+    size: tuple[int, int], padded: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 4, 3, stride=4, padding=1)
+    seen: list[Tensor] = []
+
+    def network(images: Tensor) -> Tensor:
+        seen.append(images)
+        return convolution(images)
+
+    images = torch.randn(2, 3, *size)
+    by_hand = torch.zeros(2, 3, *padded)
+    by_hand[..., : size[0], : size[1]] = images
+    with torch.no_grad():
+        found = padded_logits(network, images, 16)
+        expected = functional.interpolate(convolution(by_hand), padded, mode="bilinear")
+        assert torch.equal(seen[0], by_hand)
+        assert torch.allclose(found, expected[..., : size[0], : size[1]], atol=1e-6)
+        assert torch.equal(padded_logits(network, images, 1), convolution(images))
 
 
 def test_normalisation_can_be_undone() -> None:

@@ -1,11 +1,12 @@
 """Pictures of batches, by hand and through loggers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from segmentation.test_module import small, trainer
 from segmentation.trees import data_module, write_tree
@@ -63,3 +64,27 @@ def test_tensorboard_gets_pictures_and_scores(tmp_path: Path) -> None:
     tags = events.Tags()
     assert {"train/batch", "val/0", "val/1"} <= set(tags["images"])
     assert {"val/miou", "val/iou/background", "train/loss"} <= set(tags["scalars"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wandb_gets_pictures_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    logged: dict[str, list[object]] = {}
+
+    class Recorder(WandbLogger):
+        """What reaches the run, which nobody may be asked to log in for."""
+
+        def log_metrics(self, metrics: Mapping[str, object], step: int | None = None) -> None:
+            for name, value in metrics.items():
+                logged.setdefault(name, []).append(value)
+            super().log_metrics(metrics, step)  # type: ignore[arg-type]
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = Recorder(save_dir=str(tmp_path), offline=True)
+    fit(tmp_path, logger)
+    logger.experiment.finish()
+    assert {"train/batch", "val/0", "val/1"} <= set(logged)
+    assert {"val/miou", "val/iou/background", "train/loss"} <= set(logged)
+    assert len(logged["val/miou"]) == len(logged["val/0"]) == 2
+    pictures = {path.name.split("_")[0] for path in tmp_path.rglob("wandb/**/*.png")}
+    assert {"batch", "0", "1"} <= pictures

@@ -1,0 +1,1 @@
+"""The closed loop in the embedded world: networks trained on seeds, on g4seg, and on the truth."""
