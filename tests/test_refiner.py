@@ -12,6 +12,7 @@ from g4seg_pl.core.confidence import Averaged
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.steps import Blur, Correspondence
 from g4seg_pl.features.open_clip import OpenClipFeatures
+from g4seg_pl.recipes import steps_of
 from g4seg_pl.refiner import FINDINGS, G4SegRefiner, Refinement
 from g4seg_pl.types import BadItemError, ConfigurationError, Sample, Seed
 
@@ -22,7 +23,7 @@ MASK = RNG.random((50, 70)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def refiner(sd1_folder: Path) -> G4SegRefiner:
-    return G4SegRefiner.from_pretrained(str(sd1_folder), device="cpu")
+    return G4SegRefiner.from_pretrained(str(sd1_folder), recipe="paper", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_the_seed_of_the_run_and_the_image_id_choose_the_noise(
     again = refiner.refine(PIXELS, {"dog": MASK})["dog"]
     np.testing.assert_array_equal(again, refined)
     other_id = refiner.refine(PIXELS, {"dog": MASK}, image_id="another")["dog"]
-    other_seed = G4SegRefiner.from_pretrained(str(sd1_folder), seed=1)
+    other_seed = G4SegRefiner.from_pretrained(str(sd1_folder), recipe="paper", seed=1)
     other_noise = other_seed.refine(PIXELS, {"dog": MASK})["dog"]
     assert not np.array_equal(other_id, refined)
     assert not np.array_equal(other_noise, refined)
@@ -177,3 +178,23 @@ def test_findings_of_the_steps_come_back_at_native_size(sd1_folder: Path) -> Non
 def test_without_such_steps_there_are_no_findings(refiner: G4SegRefiner) -> None:
     found = refiner.refine_with_findings([sample_of("a", 40, 60, ("dog",))])[0]
     assert [getattr(found, name) for name in FINDINGS] == [None] * 4
+
+
+def test_best_recipe_is_the_default_and_the_papers_is_beside_it(
+    sd1_folder: Path, refiner: G4SegRefiner
+) -> None:
+    assert refiner.steps == (Correspondence(),)
+    best = G4SegRefiner.from_pretrained(str(sd1_folder), device="cpu")
+    assert best.steps == steps_of("best")
+    found = best.refine(PIXELS, {"dog": MASK, "cat": 1 - MASK})
+    for mask in found.values():
+        assert mask.shape == MASK.shape
+        assert mask.min() >= 0
+        assert mask.max() <= 1
+    again = best.refine(PIXELS, {"dog": MASK, "cat": 1 - MASK})
+    assert all(np.array_equal(found[name], again[name]) for name in found)
+
+
+def test_unknown_recipe_is_named() -> None:
+    with pytest.raises(ValueError, match="'best' or 'paper'"):
+        steps_of("worst")  # type: ignore[arg-type]

@@ -136,7 +136,7 @@ def with_values(stages: Sequence[Json], values: Mapping[str, Json]) -> list[Json
 
     Args:
         stages: ``class_path`` and ``init_args`` of each.
-        values: by ``<stage's number>.<argument>``.
+        values: by ``<stage's number>.<argument>``; stage -1 is the last.
 
     Raises:
         ConfigurationError: a name leads nowhere.
@@ -144,10 +144,11 @@ def with_values(stages: Sequence[Json], values: Mapping[str, Json]) -> list[Json
     changed = copy.deepcopy(list(stages))
     for name, value in values.items():
         number, _, path = name.partition(".")
-        if not number.isdigit() or int(number) >= len(changed) or not path:
+        index = len(changed) - 1 if number == "-1" else int(number) if number.isdigit() else -1
+        if not 0 <= index < len(changed) or not path:
             message = f"axis {name!r}: give <number of the stage>.<argument>, stages from 0"
             raise ConfigurationError(message)
-        place: Any = changed[int(number)].setdefault("init_args", {})
+        place: Any = changed[index].setdefault("init_args", {})
         *way, last = path.split(".")
         for part in way:
             place = place[int(part)] if part.isdigit() else place[part]
@@ -209,6 +210,9 @@ def _choose_kind(
     for name, plan in ways.items():
         if only and name not in only and name in found:
             continue
+        if "of" in plan:
+            found[name] = _best_of(name, plan["of"], found)
+            continue
         axes, start = plan.get("axes") or {}, _start(name, plan, found)
         how = plan.get("search", "coordinate")
         best, tried = chooser.way(start, axes, threshold, how, int(plan.get("rounds", 1)))
@@ -222,6 +226,15 @@ def _choose_kind(
         if not chooser.lab.quiet:
             print(f"{chooser.source.kind}: {name}: {best.miou - seed.miou:+.2f}", flush=True)
     return {"seed": {"background": threshold, "val_miou": round(seed.miou, 3)}, "ways": found}
+
+
+def _best_of(name: str, others: Sequence[str], found: Mapping[str, Any]) -> Json:
+    """The way, of those already chosen, that gained most on validation scenes."""
+    missing = [other for other in others if other not in found]
+    if missing:
+        message = f"way {name!r} is one of {missing[0]!r}, which must stand before it in the grid"
+        raise ConfigurationError(message)
+    return copy.deepcopy(max((found[other] for other in others), key=lambda way: way["val_miou"]))
 
 
 def _start(name: str, plan: Mapping[str, Any], found: Mapping[str, Any]) -> list[Json]:

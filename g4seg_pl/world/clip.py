@@ -68,10 +68,11 @@ def fused(teacher: SceneClassifier) -> SceneClassifier:
     quick.load_state_dict(teacher.state_dict())
     quick.eval().requires_grad_(False)
     for stage in quick.stages:
+        assert isinstance(stage, nn.Sequential)
         for at in (0, 3):
-            stage[at] = fuse_conv_bn_eval(stage[at], stage[at + 1])
-            stage[at + 1] = nn.Identity()
-    return quick.to(torch.bfloat16, memory_format=torch.channels_last)
+            convolution, norm = stage[at], stage[at + 1]
+            stage[at], stage[at + 1] = fuse_conv_bn_eval(convolution, norm), nn.Identity()
+    return quick.to(torch.bfloat16).to(memory_format=torch.channels_last)
 
 
 class ClipTask(L.LightningModule):

@@ -7,7 +7,9 @@ import pytest
 import yaml
 from fake_voc import IDS, write_voc
 
+from g4seg_pl.lab.stages import build_stages
 from g4seg_pl.main import main
+from g4seg_pl.recipes import steps_of
 
 # LightningCLI 2.6 calls what jsonargparse 4.53 has deprecated.
 pytestmark = pytest.mark.filterwarnings(
@@ -66,6 +68,14 @@ def test_crf_config_runs(tmp_path: Path, sd1_folder: Path) -> None:
     assert "DenseCRF" in added_run(tmp_path, sd1_folder, added)
 
 
+def test_best_config_runs_and_is_the_recipe(tmp_path: Path, sd1_folder: Path) -> None:
+    config = CONFIGS / "refine" / "best.yaml"
+    record = json.loads(added_run(tmp_path, sd1_folder, config))
+    assert "PowerBackground" in json.dumps(record)  # the first file's settings still hold
+    written = yaml.safe_load(config.read_text())["model"]["update"]
+    assert build_stages(written) == steps_of("best")
+
+
 @pytest.mark.parametrize("name", ["sdxl", "lcm"])
 def test_config_of_another_generator_runs(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -100,7 +110,13 @@ def test_a_class_without_a_colour_stops_the_run_before_weights_load(
 
 
 def test_every_added_config_is_run_here() -> None:
-    assert {path.stem for path in ADDED_FILES} == {"crf_clip_es", "sdxl", "lcm", "controlnet"}
+    assert {path.stem for path in ADDED_FILES} == {
+        "best",
+        "crf_clip_es",
+        "sdxl",
+        "lcm",
+        "controlnet",
+    }
 
 
 @pytest.mark.parametrize("config", TRAINERS, ids=lambda path: path.stem)

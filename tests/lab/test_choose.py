@@ -1,11 +1,14 @@
 """Choosing: on validation scenes alone, the best of what was tried, written for the tables."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.evaluation.confusion import mean_iou
@@ -62,6 +65,26 @@ def test_choosing_one_way_anew_keeps_the_others(lab: Lab, grid_file: Path) -> No
     assert json.loads(lab.chosen_file.read_text()) == before
 
 
+def test_a_way_can_be_the_best_of_others(lab: Lab, grid_file: Path, tmp_path: Path) -> None:
+    plan = yaml.safe_load(grid_file.read_text())
+    plan["ways"] = {"blur": plan["ways"]["blur"], "feature-nn": plan["ways"]["feature-nn"]}
+    plan["ways"]["best"] = {"of": ["blur", "feature-nn"]}
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(yaml.safe_dump(plan, sort_keys=False))
+    other = replace(lab, chosen_file=tmp_path / "chosen.json")
+    ways = choose(other, grid, kinds=["degraded"])["kinds"]["degraded"]["ways"]
+    assert ways["best"]["val_miou"] == max(ways[name]["val_miou"] for name in plan["ways"])
+    plan["ways"] = {"best": {"of": ["blur"]}}
+    grid.write_text(yaml.safe_dump(plan, sort_keys=False))
+    with pytest.raises(ConfigurationError, match="must stand before it"):
+        choose(other, grid, kinds=["degraded"])
+
+
+def test_stage_minus_one_is_the_last() -> None:
+    changed = with_values([BLUR, copy.deepcopy(BLUR)], {"-1.sigma": 5.0})
+    assert [each["init_args"]["sigma"] for each in changed] == [2.0, 5.0]
+
+
 @pytest.mark.parametrize("axis", ["sigma", "1.sigma", "x.sigma", "0."])
 def test_an_axis_that_leads_nowhere_is_named(axis: str) -> None:
     with pytest.raises(ConfigurationError, match="axis"):
@@ -69,11 +92,12 @@ def test_an_axis_that_leads_nowhere_is_named(axis: str) -> None:
 
 
 def test_the_repositorys_grid_can_be_built() -> None:
-    import yaml
-
     ways = yaml.safe_load(GRID.read_text())["ways"]
     starts: dict[str, list[Any]] = {}
     for name, plan in ways.items():
+        if "of" in plan:
+            starts[name] = starts[plan["of"][-1]]
+            continue
         parts = plan.get("base", name).split("+")
         starts[name] = plan.get("stages") or [stage for part in parts for stage in starts[part]]
         start = starts[name]

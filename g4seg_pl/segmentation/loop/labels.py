@@ -17,15 +17,15 @@ from g4seg_pl.segmentation.loop.plan import (
     ROWS,
     Places,
     RowName,
+    background,
     crf_settings,
     recipe,
 )
 from g4seg_pl.types import RefinedMask, Sample
+from g4seg_pl.world import prepare
 from g4seg_pl.world.demo import refine_all
 from g4seg_pl.world.load import load_refiner, load_seed_maker, scenes, with_seeds
-from g4seg_pl.world.prepare import prepare
 from g4seg_pl.world.scenes import FIRST_SEED, Split
-from g4seg_pl.world.settings import SEED_BACKGROUND
 
 CHUNK = 32  # scenes that are lost, and made again, when the loop is killed
 
@@ -58,7 +58,7 @@ def write_tree(places: Places) -> None:
     for split, (count, first) in splits.items():
         # The list of a split is written after its files: where it is, they are.
         if not (places.tree / "ImageSets" / "Segmentation" / f"{split}.txt").is_file():
-            prepare("scenes", places.tree, split, count, first)
+            prepare.scenes(places.tree, split, count, first)
 
 
 def chunks(places: Places, rows: tuple[RowName, ...] = ROWS) -> list[Chunk]:
@@ -86,27 +86,27 @@ def make_labels(chunk: Chunk) -> int:
     """Make what the chunk lacks and write it; returns the number of scenes."""
     rows = missing(chunk)
     samples = with_seeds(scenes("train", chunk.count, chunk.first), _seed_maker())
-    masks = {"seed": [_mask(sample, sample.seed.scores) for sample in samples]}
+    masks = {"seed": [_mask("seed", sample, sample.seed.scores) for sample in samples]}
     if any(row.startswith("g4seg") for row in rows):
         refined = refine_all(_refiner(), samples)
         pairs = zip(samples, refined, strict=True)
-        masks["g4seg"] = [_mask(sample, foreground) for sample, foreground in pairs]
+        masks["g4seg"] = [_mask("g4seg", sample, foreground) for sample, foreground in pairs]
     for row in rows:
         name, _, crf = row.partition("+")
         pairs_of_row = zip(samples, masks[name], strict=True)
-        found = [_sharpened(*pair) if crf else pair[1] for pair in pairs_of_row]
+        found = [_sharpened(name, *pair) if crf else pair[1] for pair in pairs_of_row]
         _write(chunk.places.labels(row), found)
     return chunk.count
 
 
-def _mask(sample: Sample, foreground: torch.Tensor) -> RefinedMask:
+def _mask(name: str, sample: Sample, foreground: torch.Tensor) -> RefinedMask:
     classes = sample.seed.class_ids
-    label = compose_label(foreground, classes, SEED_BACKGROUND)
+    label = compose_label(foreground, classes, background(name))
     return RefinedMask(sample.image_id, classes, foreground, label)
 
 
-def _sharpened(sample: Sample, mask: RefinedMask) -> RefinedMask:
-    return sharpen(sample, mask, SEED_BACKGROUND, crf_settings())
+def _sharpened(name: str, sample: Sample, mask: RefinedMask) -> RefinedMask:
+    return sharpen(sample, mask, background(name), crf_settings())
 
 
 def _write(root: Path | None, masks: list[RefinedMask]) -> None:

@@ -7,11 +7,12 @@ from typing import Literal, get_args
 
 from g4seg_pl.callbacks.crf import CRFSettings, preset
 from g4seg_pl.callbacks.run_record import Json, describe
+from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.steps import UpdateStep
 from g4seg_pl.lab.cache import hash_of_files, key_of
 from g4seg_pl.types import ConfigurationError
 from g4seg_pl.world.folders import CLIP, GENERATOR
-from g4seg_pl.world.settings import PROVENANCE, RECIPES, SEED_BACKGROUND
+from g4seg_pl.world.settings import BACKGROUNDS, PROVENANCE, RECIPES
 
 RowName = Literal["seed", "seed+crf", "g4seg", "g4seg+crf", "truth"]
 ROWS: tuple[RowName, ...] = get_args(RowName)
@@ -65,6 +66,11 @@ class Training:
     seed: int
 
 
+def background(row: str) -> Threshold:
+    """Where labels of ``seed`` and ``g4seg`` begin; the dense CRF is given the same."""
+    return BACKGROUNDS["seed" if row == "seed" else recipe()[0]]
+
+
 def recipe() -> tuple[str, tuple[UpdateStep, ...]]:
     """Name and steps of the refiner: the chosen recipe if there is one, else the paper's.
 
@@ -90,7 +96,7 @@ def describe_labels(row: RowName) -> Json:
     found: dict[str, Json] = {
         "seeds": "Grad-CAM of the embedded CLIP",
         "clip": _weights(CLIP),
-        "background": repr(SEED_BACKGROUND),
+        "background": {row: repr(background(row)) for row in ("seed", "g4seg")},
     }
     if row.startswith("g4seg"):
         name, steps = recipe()
