@@ -48,9 +48,10 @@ def otsu_threshold(histogram: NDArray[np.int64]) -> float:
     centres = (np.arange(len(counts)) + 0.5) / len(counts)
     below, total = counts.cumsum()[:-1], counts.sum()
     mass = (counts * centres).cumsum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance = mass[-1] / total * below - mass[:-1]
-        variance = np.nan_to_num(distance**2 / (below * (total - below)))
+    distance = mass[-1] / total * below - mass[:-1]
+    # A cut with nothing on one side parts nothing, whatever rounding leaves of its distance.
+    parted = (below > 0) & (below < total)
+    variance = np.where(parted, distance**2 / np.maximum(below * (total - below), 1), 0)
     best = np.flatnonzero(np.isclose(variance, variance.max(), rtol=1e-12))
     return float((best.mean() + 1) / len(counts))
 

@@ -71,6 +71,8 @@ def fused(teacher: SceneClassifier) -> SceneClassifier:
         assert isinstance(stage, nn.Sequential)
         for at in (0, 3):
             convolution, norm = stage[at], stage[at + 1]
+            assert isinstance(convolution, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
             stage[at], stage[at + 1] = fuse_conv_bn_eval(convolution, norm), nn.Identity()
     return quick.to(torch.bfloat16).to(memory_format=torch.channels_last)
 

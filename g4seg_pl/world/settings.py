@@ -3,6 +3,8 @@
 They are those of docs/results/chosen.json for Grad-CAM seeds; a test holds the two together.
 """
 
+from dataclasses import replace
+
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.controls import EdgeFilter
@@ -13,15 +15,16 @@ from g4seg_pl.core.steps import Blur, Correspondence, UpdateStep
 PROVENANCE = "chosen on 64 validation scenes (docs/results/chosen.json), labels' threshold included"
 SEED_BACKGROUND = Threshold(0.1)
 
-_PAPER = {
-    "timestep": 300,
-    "beta": 0.65,
-    "confidence_range": None,
-    "match_size": 32,
-    "binarise_at": SEED_BACKGROUND.value,
-}
+_PAPER = Correspondence(
+    timestep=300,
+    injection_weight=30.0,
+    beta=0.65,
+    confidence_range=None,
+    match_size=32,
+    binarise_at=SEED_BACKGROUND.value,
+)
 RECIPES: dict[str, tuple[UpdateStep, ...]] = {
-    "g4seg": (Correspondence(injection_weight=30.0, **_PAPER),),
+    "g4seg": (_PAPER,),
     "g4seg-best": (
         EdgeFilter(kind="guided", radius=12, epsilon=1e-4),
         Gradient(timesteps=(500,), step_size=0.1, threshold=SEED_BACKGROUND.value),
@@ -38,7 +41,7 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
             threshold=SEED_BACKGROUND.value,
         ),
     ),
-    "no-injection": (Correspondence(injection_weight=0.0, **_PAPER),),
+    "no-injection": (replace(_PAPER, injection_weight=0.0),),
     "feature-nn": (
         Correspondence(
             matching="self",

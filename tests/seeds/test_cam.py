@@ -124,6 +124,8 @@ class Scenes(pl.LightningDataModule):
         return batch
 
 
+# Lightning warns of a batch without a loss; a batch of nothing but unreadable items has none.
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 def test_fit_then_predict_from_its_checkpoint(tmp_path: Path) -> None:
     options: dict[str, Any] = {"architecture": "resnet18"}
     maker = Cam(crop=48, longer_side=(40, 56), learning_rate=0.05, **options)
