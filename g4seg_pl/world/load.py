@@ -36,7 +36,7 @@ def load_seed_maker(*, affinity: bool = False, clip: str = str(CLIP)) -> ClipES:
 
     The world has no words for its grounds, so the classes an image does not have stand against
     those it has. Its gradients differ from patch to patch: their mean, which Grad-CAM takes,
-    points at the object in a quarter of the scenes, each patch's own (HiResCAM) in four fifths.
+    seldom points at the object, each patch's own (HiResCAM) does.
     """
     maker = ClipES(
         clip,
