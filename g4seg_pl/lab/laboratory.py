@@ -21,7 +21,7 @@ from g4seg_pl.world.scenes import Split
 
 REPOSITORY = Path(__file__).parents[2]
 CHOSEN = REPOSITORY / "docs" / "results" / "chosen.json"
-MAIN_KINDS: tuple[SeedKind, ...] = ("gradcam", "clip_es", "cross_attention", "degraded")
+MAIN_KINDS: tuple[SeedKind, ...] = ("gradcam", "cross_attention", "degraded")
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.background import Threshold
-from g4seg_pl.core.controls import EdgeFilter
+from g4seg_pl.core.controls import ColourAffinity, EdgeFilter
 from g4seg_pl.core.gradient import Gradient
 from g4seg_pl.core.steps import Blur, Correspondence, UpdateStep
 
@@ -53,7 +53,21 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
         ),
     ),
     "blur": (Blur(sigma=6.0),),
+    # The shape of the best recipe with raw colours in the generator's place.
+    "guided+colour-affinity": (
+        EdgeFilter(kind="guided", radius=12, epsilon=1e-4),
+        ColourAffinity(
+            size=32,
+            sigma_colour=0.05,
+            sigma_position=0.2,
+            norm="range",
+            upsampling="joint_bilateral",
+            threshold=SEED_BACKGROUND.value,
+        ),
+    ),
 }
 
 # Where each row's labels begin, chosen with its steps.
-BACKGROUNDS: dict[str, Threshold] = dict.fromkeys(("seed", *RECIPES), SEED_BACKGROUND)
+BACKGROUNDS: dict[str, Threshold] = dict.fromkeys(("seed", *RECIPES), SEED_BACKGROUND) | {
+    "guided+colour-affinity": Threshold(0.45)
+}

@@ -28,6 +28,7 @@ CONTROLS = (
     "joint-bilateral",
     "random-walk",
     "colour-affinity",
+    "guided+colour-affinity",
     "feature-affinity",
     "clip-affinity",
     "random-latent",
