@@ -205,6 +205,9 @@ def _ignore_known_warnings() -> None:
     warnings.filterwarnings("ignore", ".*smaller than the logging interval")
     # A resumed run writes where it wrote before.
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    # It ends the epoch it stopped after once more, before anything was validated.
+    no_metrics = r".*could not find the monitored key in the returned metrics: \['epoch', 'step'\]"
+    warnings.filterwarnings("ignore", no_metrics)
     # Frozen batch norms are in eval mode on purpose.
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training")
     # Early stopping and the like have no say in a test.

@@ -48,6 +48,8 @@ def test_every_row_is_trained_and_reported(places: Places, finished: dict[str, A
         assert all(result["steps"] == SMALL.steps for result in done if result is not None)
     assert finished["recipe"] == next(n for n in ("g4seg-best", "g4seg") if n in RECIPES)
     assert finished["recipe_steps"] == repr(RECIPES[finished["recipe"]])
+    assert finished["command"] == f"{report.COMMAND} --scale small"
+    assert (finished["test"], finished["repeats"]) == (SMALL.test, SMALL.repeats)
     text = (places.root / "results" / "loop.md").read_text()
     assert all(f"| {name} |" in text for name in ROWS)
 
@@ -93,6 +95,20 @@ def test_what_is_finished_is_not_done_again(
     assert main(["--scale", "small", "--out", str(places.root)]) == 0
     changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
     assert changed == {"loop.json", "loop.md"}
+
+
+def test_a_part_says_what_it_is(
+    places: Places, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del finished
+    monkeypatch.chdir(places.root)
+    part = ["--rows", "truth", "seed", "--repeats", "1", "--results", str(places.root / "part")]
+    assert main(["--scale", "small", "--out", str(places.root), *part]) == 0
+    content = json.loads((places.root / "part" / "loop.json").read_text())
+    assert content["command"].endswith("--scale small --rows seed truth --repeats 1")
+    assert [row["miou_se"] for row in content["rows"]] == [None, None]
+    assert content["repeats"] == 1
+    assert "Too little" in (places.root / "part" / "loop.md").read_text()
 
 
 def test_only_what_was_lost_is_made_again(places: Places, finished: dict[str, Any]) -> None:

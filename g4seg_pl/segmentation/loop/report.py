@@ -14,6 +14,8 @@ from g4seg_pl.callbacks.run_record import Json, environment, write_text_atomical
 from g4seg_pl.evaluation.confusion import confusion_matrix, mean_iou
 from g4seg_pl.segmentation.loop.plan import (
     CONFIG,
+    ROWS,
+    SCALES,
     Places,
     RowName,
     describe_labels,
@@ -90,15 +92,17 @@ def write_report(
     rows = table(places, results)
     name, steps = recipe()
     made = environment()
+    repeats = len(rows[0]["trainings"])
     content = {
         "rows": rows,
-        "command": f"{COMMAND} --scale {scale_name}",
+        "command": _command([row["name"] for row in rows], repeats, scale_name),
         "scenes": "embedded world, procedural; no VOC or COCO result",
         **asdict(places.scale),
+        "repeats": repeats,
         "network": "SmallDeepLab from random weights",
         "config": f"configs/train/{CONFIG.name}",
         "selection": "the epoch with the best mIoU on validation scenes with exact masks",
-        "test": f"scenes 0 to {places.scale.test - 1} of the test split, with the mirror image",
+        "test_scenes": f"test scenes 0 to {places.scale.test - 1}, with their mirror images",
         "miou_se": "standard error of the mean over training seeds",
         "gain_se": "the same of the difference from seed, paired by training seed",
         "recipe": name,
@@ -119,8 +123,8 @@ def markdown(content: dict[str, Json]) -> str:
     lines = [
         f"A small DeepLab trained from random weights on {content['train']} scenes of the embedded "
         f"world ({content['steps']} steps, {content['repeats']} training seeds), scored on "
-        f"{content['test']}; mIoU in percent ± standard error over training seeds. The refiner is "
-        f"`{content['recipe']}` ({content['settings']}). Made by `{content['command']}`.",
+        f"{content['test_scenes']}; mIoU in percent ± standard error over training seeds. "
+        f"The refiner is `{content['recipe']}` ({content['settings']}). Made by `{content['command']}`.",
         "",
         "| trained on | mIoU of the labels | mIoU of the network | gain over seeds |",
         "|---|---|---|---|",
@@ -144,6 +148,16 @@ def verdict(rows: Sequence[dict[str, Json]]) -> str:
         f"{ENOUGH:g} standard errors: {figures}. On the training scenes the labels themselves "
         f"changed by {change:+.2f} mIoU."
     )
+
+
+def _command(names: Sequence[RowName], repeats: int, scale_name: str) -> str:
+    """What was asked for; the number of processes changes nothing."""
+    words = [COMMAND, "--scale", scale_name]
+    if tuple(names) != ROWS:
+        words += ["--rows", *names]
+    if repeats < SCALES[scale_name].repeats:
+        words += ["--repeats", str(repeats)]
+    return " ".join(words)
 
 
 def _line(row: dict[str, Json]) -> str:
