@@ -124,7 +124,8 @@ def markdown(content: dict[str, Json]) -> str:
         f"A small DeepLab trained from random weights on {content['train']} scenes of the embedded "
         f"world ({content['steps']} steps, {content['repeats']} training seeds), scored on "
         f"{content['test_scenes']}; mIoU in percent ± standard error over training seeds. "
-        f"The refiner is `{content['recipe']}` ({content['settings']}). Made by `{content['command']}`.",
+        f"The refiner is `{content['recipe']}` ({content['settings']}). "
+        f"Made by `{content['command']}`.",
         "",
         "| trained on | mIoU of the labels | mIoU of the network | gain over seeds |",
         "|---|---|---|---|",
