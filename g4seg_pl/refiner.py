@@ -107,7 +107,7 @@ class G4SegRefiner:
         prompt_template: str = "A photo of {}",
         masks_per_pass: int = 8,
     ) -> "G4SegRefiner":
-        """Load a Stable Diffusion 1.x or 2.x model.
+        """Load a Stable Diffusion 1.x or 2.x model, an LCM or SDXL, told apart by its files.
 
         Args:
             model: a diffusers folder or hub id.
