@@ -186,6 +186,12 @@ class ControlledGenerator(nn.Module):
         """Return the generator's queries and keys, without the ControlNet."""
         return self.generator.self_attention(noisy, timestep, embeddings)
 
+    def attention(
+        self, noisy: Float[Tensor, "b c h w"], timestep: int, embeddings: Float[Tensor, "b l d"]
+    ) -> tuple[list[AttentionRecord], list[AttentionRecord]]:
+        """Return the generator's records of both kinds of attention, without the ControlNet."""
+        return self.generator.attention(noisy, timestep, embeddings)
+
     def denoise(
         self,
         noisy: Float[Tensor, "b c h w"],

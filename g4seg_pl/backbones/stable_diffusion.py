@@ -207,14 +207,39 @@ class StableDiffusion(nn.Module):
             embeddings: one prompt a row.
         """
         records: list[AttentionRecord] = []
+        self._record_attention(noisy, timestep, embeddings, records, None)
+        return records
+
+    def attention(
+        self, noisy: Float[Tensor, "b c h w"], timestep: int, embeddings: Float[Tensor, "b l d"]
+    ) -> tuple[list[AttentionRecord], list[AttentionRecord]]:
+        """Return queries and keys of every self- and of every cross-attention layer of one pass.
+
+        Args:
+            noisy: z_t, of any height and width.
+            timestep: t.
+            embeddings: one prompt a row.
+        """
+        own: list[AttentionRecord] = []
+        cross: list[AttentionRecord] = []
+        self._record_attention(noisy, timestep, embeddings, own, cross)
+        return own, cross
+
+    def _record_attention(
+        self,
+        noisy: Tensor,
+        timestep: int,
+        embeddings: Tensor,
+        own: list[AttentionRecord],
+        cross: list[AttentionRecord] | None,
+    ) -> None:
         grids = self._grids(noisy)
         layers = {
-            name: RecordingProcessor(name, grids, records)
+            name: RecordingProcessor(name, grids, own, cross)
             for name, _ in attention_layers(self.unet)
         }
         with installed(self.unet, layers):
             self._call_unet(noisy, timestep, embeddings)
-        return records
 
     def conditions(
         self, noisy: Float[Tensor, "b c h w"], embeddings: Float[Tensor, "b l d"]

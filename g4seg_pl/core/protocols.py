@@ -14,7 +14,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """Queries and keys of one self-attention layer; A = softmax(scale · query keyᵀ).
+    """Queries and keys of one attention layer; A = softmax(scale · query keyᵀ).
 
     A·S needs no stored matrix: it is fused attention with the masks as the value, and logits
     sharpened by p are the same with ``scale · p``.
@@ -85,6 +85,11 @@ class Generator(Protocol):
         self, noisy: Float[Tensor, "b c h w"], timestep: int, embeddings: Float[Tensor, "b l d"]
     ) -> list[AttentionRecord]:
         """Return the queries and keys of every self-attention layer of one U-Net pass."""
+
+    def attention(
+        self, noisy: Float[Tensor, "b c h w"], timestep: int, embeddings: Float[Tensor, "b l d"]
+    ) -> tuple[list[AttentionRecord], list[AttentionRecord]]:
+        """Return those of every self-attention and of every cross-attention layer of one pass."""
 
 
 @runtime_checkable

@@ -38,6 +38,25 @@ def apply_change(
     return (native + _resize((after - before)[None], size)[0]).clamp(0, 1)
 
 
+def resize_maps(maps: Float[Tensor, "m h w"], size: tuple[int, int]) -> Float[Tensor, "m H W"]:
+    """Return maps resized bilinearly with pixel centres aligned and no smoothing (OpenCV's way)."""
+    if maps.shape[1:] == size or not len(maps):
+        return maps.new_zeros(0, *size) if not len(maps) else maps
+    resized = functional.interpolate(maps[None], size, mode="bilinear", align_corners=False)
+    return resized[0]
+
+
+def min_max(maps: Float[Tensor, "m h w"], guard: float = 1e-7) -> Float[Tensor, "m h w"]:
+    """Return each map shifted and scaled to [0, 1]; a flat one becomes 0.
+
+    Args:
+        maps: of any range.
+        guard: added to the divisor.
+    """
+    shifted = maps - maps.amin((1, 2), keepdim=True)
+    return shifted / (shifted.amax((1, 2), keepdim=True) + guard)
+
+
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[2:]) == size:
         return maps

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from g4seg_pl.core.background import PowerBackground, Threshold
+from g4seg_pl.core.resize import resize_maps
 from g4seg_pl.features.base import normalise
-from g4seg_pl.seeds.base import SeedMaker, require_classes, resize_maps, resize_picture
+from g4seg_pl.seeds.base import SeedMaker, require_classes, resize_picture
 from g4seg_pl.seeds.cam_training import training_picture
 from g4seg_pl.seeds.classifier import (
     Architecture,

@@ -20,15 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from g4seg_pl.core.background import PowerBackground, Threshold
+from g4seg_pl.core.resize import min_max, resize_maps
 from g4seg_pl.seeds.attention_affinity import attention_affinity, box_masks
-from g4seg_pl.seeds.base import (
-    ClassMaps,
-    SeedMaker,
-    min_max,
-    require_classes,
-    resize_maps,
-    resize_picture,
-)
+from g4seg_pl.seeds.base import ClassMaps, SeedMaker, require_classes, resize_picture
 from g4seg_pl.seeds.clip_model import (
     Interpolation,
     Tokenizer,

@@ -26,103 +26,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from g4seg_pl.backbones.attention import (
-    RecordingProcessor,
-    attention_layers,
-    installed,
-    token_grids,
-)
 from g4seg_pl.backbones.kinds import check_model
 from g4seg_pl.backbones.loading import resolve_dtype
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.core.background import PowerBackground, Threshold
 from g4seg_pl.core.diffusion import add_noise, seeded_noise
-from g4seg_pl.core.protocols import AttentionRecord
-from g4seg_pl.seeds.base import SeedMaker, min_max, require_classes, resize_maps
+from g4seg_pl.core.grounding import (
+    LEVEL_WEIGHTS,
+    cross_attention_map,
+    spread_by_self_attention,
+)
+from g4seg_pl.core.resize import min_max, resize_maps
+from g4seg_pl.seeds.base import SeedMaker, require_classes
 from g4seg_pl.types import ConfigurationError, RefinedMask, Sample
 
-LEVEL_WEIGHTS = (0.3, 0.5, 0.1, 0.1)
 # The public code guards no division; this one only keeps flat maps from becoming NaN.
 GUARD = 1e-12
-
-
-def recorded_attention(
-    generator: StableDiffusion,
-    noisy: Float[Tensor, "b c h w"],
-    timestep: int,
-    embeddings: Float[Tensor, "b l d"],
-) -> tuple[list[AttentionRecord], list[AttentionRecord]]:
-    """Return queries and keys of every self- and every cross-attention layer of one pass.
-
-    Args:
-        generator: the model.
-        noisy: z_t.
-        timestep: t.
-        embeddings: one prompt a row.
-    """
-    unet = generator.unet
-    grids = token_grids(noisy.shape[2], noisy.shape[3], len(unet.config.block_out_channels))
-    own: list[AttentionRecord] = []
-    cross: list[AttentionRecord] = []
-    layers = {
-        name: RecordingProcessor(name, grids, own, cross) for name, _ in attention_layers(unet)
-    }
-    with installed(unet, layers):
-        generator.denoise(noisy, timestep, embeddings)
-    return own, cross
-
-
-def cross_attention_map(
-    records: Sequence[AttentionRecord],
-    tokens: Bool[Tensor, "b l"],
-    weights: Sequence[float] = LEVEL_WEIGHTS,
-) -> Float[Tensor, "b h w"]:
-    """Return the weighted sum of the attention to the marked tokens over all resolutions.
-
-    Args:
-        records: of cross-attention layers.
-        tokens: marks the class name's tokens in each prompt.
-        weights: of the resolutions from the coarsest; those of levels that are not there are
-            left out.
-
-    Returns:
-        a map at the finest resolution.
-
-    Raises:
-        ConfigurationError: there are more resolutions than weights.
-    """
-    grids = sorted({record.grid for record in records})
-    if len(grids) > len(weights):
-        message = f"level_weights has {len(weights)} values; the U-Net has {len(grids)} levels"
-        raise ConfigurationError(message)
-    total: Tensor | float = 0.0
-    for grid, weight in zip(grids, weights, strict=False):
-        layers = [_to_tokens(record, tokens) for record in records if record.grid == grid]
-        level = torch.cat(layers, dim=1).mean(1).unflatten(1, grid)
-        total = total + weight * min_max(resize_maps(level, grids[-1]), GUARD)
-    return torch.as_tensor(total)
-
-
-def spread_by_self_attention(
-    records: Sequence[AttentionRecord], maps: Float[Tensor, "b h w"]
-) -> Float[Tensor, "b h w"]:
-    """Return A·map with A the finest self-attention averaged over heads and layers.
-
-    Args:
-        records: of self-attention layers of the same pass; coarser ones do not count.
-        maps: at the finest resolution.
-    """
-    grid = max(record.grid for record in records)
-    values = resize_maps(maps, grid).flatten(1)[:, None, :, None]
-    moved = []
-    for record in records:
-        if record.grid == grid:
-            query, key = record.query.float(), record.key.float()
-            # Fused attention with the map as every channel of the value: no matrix is stored.
-            value = values.expand(*key.shape[:3], key.shape[3])
-            spread = functional.scaled_dot_product_attention(query, key, value, scale=record.scale)
-            moved.append(spread[..., 0])
-    return torch.cat(moved, dim=1).mean(1).reshape(-1, *grid)
 
 
 def emphasise(
@@ -141,14 +60,6 @@ def emphasise(
     """
     factors = torch.where(tokens, weight, 1.0)[..., None].to(embeddings)
     return empty + (embeddings - empty) * factors
-
-
-def _to_tokens(record: AttentionRecord, tokens: Tensor) -> Tensor:
-    """Mean attention probability of the marked tokens, (b, heads, n), in float32."""
-    logits = record.query.float() @ record.key.float().transpose(2, 3) * record.scale
-    marked = tokens.to(logits)[:, None, :, None]
-    probability: Tensor = logits.softmax(-1) @ marked
-    return probability[..., 0] / marked.sum(2)
 
 
 class DiffSegmenter(SeedMaker):
@@ -254,7 +165,7 @@ class DiffSegmenter(SeedMaker):
         embeddings = generator.embed(prompts)
         embeddings = emphasise(embeddings, generator.embed([""]), tokens, self.emphasis)
         batch = noisy.expand(len(names), -1, -1, -1)
-        own, cross = recorded_attention(generator, batch, self.timestep, embeddings)
+        own, cross = generator.attention(batch, self.timestep, embeddings)
         return spread_by_self_attention(own, cross_attention_map(cross, tokens, self.level_weights))
 
     def _loaded(self) -> StableDiffusion:

@@ -22,8 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from g4seg_pl.core.resize import resize_maps
 from g4seg_pl.features.base import normalise
-from g4seg_pl.seeds.base import SeedMaker, keep_ratio, resize_bilinear, resize_maps
+from g4seg_pl.seeds.base import SeedMaker, keep_ratio, resize_bilinear
 from g4seg_pl.seeds.vocabulary import class_names_of, predicted_masks
 from g4seg_pl.seeds.windows import sliding_mean
 from g4seg_pl.types import ConfigurationError, RefinedMask, Sample

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from g4seg_pl.core.background import PowerBackground, Threshold
+from g4seg_pl.core.resize import resize_maps
 from g4seg_pl.features.base import CLIP_MEAN
-from g4seg_pl.seeds.base import keep_ratio, resize_bilinear, resize_maps
+from g4seg_pl.seeds.base import keep_ratio, resize_bilinear
 from g4seg_pl.seeds.clip_model import (
     Interpolation,
     finish_block,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from g4seg_pl.seeds.base import resize_maps
+from g4seg_pl.core.resize import resize_maps
 
 OWN_PIXEL = 0.5
 

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from g4seg_pl.seeds.base import SeedMaker, resize_maps
+from g4seg_pl.core.resize import resize_maps
+from g4seg_pl.seeds.base import SeedMaker
 from g4seg_pl.seeds.panoptic import panoptic_segments
 from g4seg_pl.seeds.vocabulary import predicted_masks
 from g4seg_pl.types import ConfigurationError, RefinedMask, Sample

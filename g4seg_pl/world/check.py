@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.core.diffusion import add_noise
+from g4seg_pl.core.grounding import cross_attention_map
 from g4seg_pl.seeds.clip_model import encode_texts, load_clip
-from g4seg_pl.seeds.diffsegmenter import cross_attention_map, recorded_attention
 from g4seg_pl.world.classifier import SceneClassifier
 from g4seg_pl.world.data import held_out
 from g4seg_pl.world.folders import CLIP, WEIGHTS
@@ -139,7 +139,7 @@ def grounding_gate(generator: StableDiffusion, scenes: int, timestep: int = 200)
     noisy = add_noise(latents, noise, generator.alphas_cumprod, timestep)
     names = [CLASS_NAMES[int(k)] for k in presence.argmax(1)]
     prompts = [f"a photo of {name}" for name in names]
-    _, cross = recorded_attention(generator, noisy, timestep, generator.embed(prompts))
+    _, cross = generator.attention(noisy, timestep, generator.embed(prompts))
     tokens = torch.stack([generator.token_mask(p, n) for p, n in zip(prompts, names, strict=True)])
     maps = cross_attention_map(cross, tokens, weights=(1.0, 1.0, 1.0))
     detail = f"{scenes} single-object scenes, t = {timestep}"

@@ -5,10 +5,9 @@ They are those of docs/results/chosen.json for Grad-CAM seeds; a test holds the 
 
 from dataclasses import replace
 
-from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.controls import ColourAffinity, EdgeFilter
-from g4seg_pl.core.gradient import Gradient
+from g4seg_pl.core.grounding import Grounding
 from g4seg_pl.core.steps import Blur, Correspondence, UpdateStep
 
 # Said beside every number made with them.
@@ -27,17 +26,20 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
     "g4seg": (_PAPER,),
     "g4seg-best": (
         EdgeFilter(kind="guided", radius=12, epsilon=1e-4),
-        Gradient(timesteps=(500,), step_size=0.1, threshold=SEED_BACKGROUND.value),
-        Affinity(
-            timestep=100,
-            level_weights=(1.0, 1.0),
-            prompt="classes",
-            form="heads",
-            power=2.0,
+        Grounding(
+            mixing=0.5,
+            timestep=50,
+            upsampling="joint_bilateral",
+            edge_epsilon=3e-3,
+            threshold=SEED_BACKGROUND.value,
+        ),
+        ColourAffinity(
+            mixing=0.7,
+            size=32,
+            sigma_colour=0.05,
+            sigma_position=0.2,
             norm="range",
             upsampling="joint_bilateral",
-            edge_radius=2,
-            edge_epsilon=3e-3,
             threshold=SEED_BACKGROUND.value,
         ),
     ),
@@ -53,15 +55,26 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
         ),
     ),
     "blur": (Blur(sigma=6.0),),
-    # The shape of the best recipe with raw colours in the generator's place.
+    # The best recipe without the generator.
     "guided+colour-affinity": (
         EdgeFilter(kind="guided", radius=12, epsilon=1e-4),
         ColourAffinity(
             size=32,
-            sigma_colour=0.05,
+            sigma_colour=0.03,
             sigma_position=0.2,
-            norm="range",
+            norm="max",
             upsampling="joint_bilateral",
+            threshold=SEED_BACKGROUND.value,
+        ),
+    ),
+    # The generator's word map without the coarse mask: what would a mask be needed for?
+    "word": (
+        Grounding(
+            mixing=1.0,
+            timestep=20,
+            draws=3,
+            upsampling="joint_bilateral",
+            edge_epsilon=3e-3,
             threshold=SEED_BACKGROUND.value,
         ),
     ),
@@ -69,5 +82,7 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
 
 # Where each row's labels begin, chosen with its steps.
 BACKGROUNDS: dict[str, Threshold] = dict.fromkeys(("seed", *RECIPES), SEED_BACKGROUND) | {
-    "guided+colour-affinity": Threshold(0.45)
+    "g4seg-best": Threshold(0.2),
+    "guided+colour-affinity": Threshold(0.5),
+    "word": Threshold(0.25),
 }

@@ -9,13 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
-from g4seg_pl.seeds.diffsegmenter import (
-    DiffSegmenter,
-    cross_attention_map,
-    emphasise,
-    recorded_attention,
-    spread_by_self_attention,
-)
+from g4seg_pl.core.grounding import cross_attention_map, spread_by_self_attention
+from g4seg_pl.seeds.diffsegmenter import DiffSegmenter, emphasise
 from g4seg_pl.types import ConfigurationError, RefinedMask, Sample
 
 
@@ -61,7 +56,7 @@ def test_maps_agree_with_diffusers_own_probabilities(generator: StableDiffusion)
     prompt = "a photograph of dining table"
     text = generator.embed([prompt])
     tokens = generator.token_mask(prompt, "dining table")[None]
-    own, cross = recorded_attention(generator, noisy, 100, text)
+    own, cross = generator.attention(noisy, 100, text)
     marked = cross_attention_map(cross, tokens, (0.3, 0.5, 0.1))
     found = spread_by_self_attention(own, marked)
 
@@ -88,7 +83,7 @@ def test_maps_agree_with_diffusers_own_probabilities(generator: StableDiffusion)
 def test_the_pass_and_its_layers_are_left_as_they_were(generator: StableDiffusion) -> None:
     noisy, text = torch.randn(1, 4, 16, 16), generator.embed(["a dog"])
     before = generator.denoise(noisy, 100, text)
-    recorded_attention(generator, noisy, 100, text)
+    generator.attention(noisy, 100, text)
     assert torch.equal(generator.denoise(noisy, 100, text), before)
 
 
@@ -105,7 +100,7 @@ def test_emphasis_moves_marked_tokens_only() -> None:
 def test_more_levels_than_weights_are_refused(generator: StableDiffusion) -> None:
     with torch.no_grad():
         text = generator.embed(["a dog"])
-        _, cross = recorded_attention(generator, torch.randn(1, 4, 16, 16), 100, text)
+        _, cross = generator.attention(torch.randn(1, 4, 16, 16), 100, text)
     with pytest.raises(ConfigurationError, match="level_weights has 1 values"):
         cross_attention_map(cross, torch.ones(1, 77, dtype=torch.bool), (1.0,))
 

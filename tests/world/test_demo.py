@@ -50,7 +50,7 @@ def test_table_has_its_controls_and_says_where_it_stands(out: Path) -> None:
     metrics = json.loads((out / "metrics.json").read_text())
     names = [row["name"] for row in metrics["rows"]]
     assert names[:3] == ["seed", "g4seg", "g4seg-best"]
-    assert names[3:] == ["no-injection", "feature-nn", "blur", "guided+colour-affinity"]
+    assert names[3:] == ["no-injection", "feature-nn", "blur", "guided+colour-affinity", "word"]
     assert metrics["n_images"] == COUNT
     assert metrics["split"] == "test scenes 41 to 48"
     assert metrics["background_rule"].keys() == set(names)

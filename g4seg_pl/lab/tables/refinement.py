@@ -16,7 +16,7 @@ from g4seg_pl.lab.sources import SeedKind
 from g4seg_pl.lab.stages import Stage, Way
 from g4seg_pl.lab.table import Cell, Table, line_row
 
-SIGNALS = ("affinity", "gradient", "g4seg")
+SIGNALS = ("grounding", "affinity", "gradient", "g4seg")
 CONTROLS = (
     "blur",
     "feature-nn",
@@ -29,6 +29,8 @@ CONTROLS = (
     "random-walk",
     "colour-affinity",
     "guided+colour-affinity",
+    "word",
+    "word+guided+colour-affinity",
     "feature-affinity",
     "clip-affinity",
     "random-latent",
