@@ -2,9 +2,8 @@
 
 from typing import Literal
 
-from g4seg_pl.core.affinity import Affinity
-from g4seg_pl.core.controls import EdgeFilter
-from g4seg_pl.core.gradient import Gradient
+from g4seg_pl.core.controls import ColourAffinity, EdgeFilter
+from g4seg_pl.core.grounding import Grounding
 from g4seg_pl.core.steps import Correspondence, UpdateStep
 
 Recipe = Literal["best", "paper"]
@@ -15,9 +14,10 @@ def steps_of(recipe: Recipe) -> tuple[UpdateStep, ...]:
 
     ``paper`` is the paper's update (Eq. 2-9) with the figures it prints for weakly supervised
     seeds. ``best`` is the sequence that gained most on the validation scenes of the embedded
-    world: along the image's edges, down the denoising loss, along the generator's attention
-    (configs/refine/best.yaml has the same steps; docs/signals.md says what carries over to Stable
-    Diffusion and what cannot be known there).
+    world: along the image's edges, half-way to where the generator attends to the class's word,
+    along colours (configs/refine/best.yaml has the same steps; docs/signals.md says what carries
+    over to Stable Diffusion and what cannot be known there). Its timestep is the one at which
+    DiffSegmenter reads Stable Diffusion's attention; the scenes' own is 50.
 
     Raises:
         ValueError: there is no such recipe.
@@ -29,17 +29,16 @@ def steps_of(recipe: Recipe) -> tuple[UpdateStep, ...]:
             return (
                 # One and a half cells of a seed of 32 x 32, as chosen on the scenes' 8 x 8.
                 EdgeFilter(kind="guided", radius=24, epsilon=1e-4),
-                Gradient(timesteps=(500,), iterations=4, step_size=0.1),
-                Affinity(
-                    timestep=100,
-                    power=2.0,
-                    form="heads",
+                Grounding(
+                    mixing=0.5, timestep=100, upsampling="joint_bilateral", edge_epsilon=3e-3
+                ),
+                ColourAffinity(
+                    mixing=0.7,
+                    size=64,
+                    sigma_colour=0.05,
+                    sigma_position=0.2,
                     norm="range",
-                    level_weights=(1.0, 1.0),
-                    prompt="classes",
                     upsampling="joint_bilateral",
-                    edge_radius=2,
-                    edge_epsilon=3e-3,
                 ),
             )
     message = f"recipe is {recipe!r}; give 'best' or 'paper'"
