@@ -162,6 +162,7 @@ def spread_by_self_attention(
 def _to_tokens(record: AttentionRecord, tokens: Tensor) -> Float[Tensor, "b heads n"]:
     """Mean attention probability of the marked tokens, in float32."""
     logits = record.query.float() @ record.key.float().transpose(2, 3) * record.scale
-    marked = tokens.to(logits)[:, None, :, None]
+    # An embedding may carry more than its tokens at the end (SDXL's pooled row): those are no keys.
+    marked = tokens[:, : record.key.shape[2]].to(logits)[:, None, :, None]
     probability: Tensor = logits.softmax(-1) @ marked
     return probability[..., 0] / marked.sum(2)

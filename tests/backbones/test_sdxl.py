@@ -20,6 +20,7 @@ from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.diffusion import predict_clean
 from g4seg_pl.core.gradient import Gradient
+from g4seg_pl.core.grounding import Grounding
 from g4seg_pl.core.injection import Injection
 from g4seg_pl.core.protocols import Generator
 from g4seg_pl.core.steps import Correspondence
@@ -237,6 +238,17 @@ def test_recorded_self_attention_has_every_layer(generator: StableDiffusion) -> 
     own = [name for name, _ in attention_layers(generator.unet) if name.endswith("attn1")]
     assert sorted(record.layer for record in records) == sorted(own)
     assert {record.grid for record in records} == {(5, 7), (3, 4)}
+
+
+def test_masks_are_grounded_in_the_word(
+    generator: StableDiffusion, context: RefinementContext
+) -> None:
+    masks = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(4))
+    words = Grounding(mixing=1.0)(masks, context)
+    assert words.amin((1, 2)).tolist() == [0, 0, 0]
+    assert torch.allclose(words.amax((1, 2)), torch.ones(3))
+    found = Grounding(mixing=0.25)(masks, context)
+    torch.testing.assert_close(found, 0.75 * masks + 0.25 * words, rtol=0, atol=1e-5)
 
 
 @pytest.fixture

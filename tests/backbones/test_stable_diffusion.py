@@ -162,6 +162,24 @@ def test_recorded_queries_and_keys_are_those_of_self_attention(
     torch.testing.assert_close(logits.softmax(-1).flatten(0, 1), expected, rtol=0, atol=1e-6)
 
 
+def test_recorded_cross_attention_looks_at_the_prompt(generator: StableDiffusion) -> None:
+    noisy, embeddings = torch.randn(1, 4, 10, 14), generator.embed(["A photo of dog"])
+    with torch.no_grad():
+        own, cross = generator.attention(noisy, 100, embeddings)
+        alone = generator.self_attention(noisy, 100, embeddings)
+    for ours, theirs in zip(own, alone, strict=True):
+        assert ours.layer == theirs.layer
+        assert torch.equal(ours.query, theirs.query)
+        assert torch.equal(ours.key, theirs.key)
+    names = [name for name, _ in attention_layers(generator.unet) if name.endswith("attn2")]
+    assert sorted(record.layer for record in cross) == sorted(names)
+    for record in cross:
+        layer = generator.unet.get_submodule(record.layer)
+        expected = layer.head_to_batch_dim(layer.to_k(embeddings))
+        torch.testing.assert_close(record.key.flatten(0, 1), expected, rtol=0, atol=1e-5)
+        assert record.query.shape[2] == record.grid[0] * record.grid[1]
+
+
 @pytest.mark.parametrize(
     ("prompt", "name", "start", "positions"),
     [
