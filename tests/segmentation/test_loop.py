@@ -16,7 +16,7 @@ from g4seg_pl.types import ConfigurationError
 from g4seg_pl.world.demo import refine_all
 from g4seg_pl.world.load import load_refiner, load_seed_maker, scenes, with_seeds
 from g4seg_pl.world.scenes import FIRST_SEED, draw_scene
-from g4seg_pl.world.settings import RECIPES, SEED_BACKGROUND
+from g4seg_pl.world.settings import BACKGROUNDS, RECIPES
 
 SMALL = SCALES["small"]
 
@@ -70,9 +70,9 @@ def test_labels_are_the_demos_on_unseen_training_scenes(
     for sample, soft in zip(samples, refined, strict=True):
         number = int(sample.image_id.removeprefix("scene_"))
         assert number >= FIRST_SEED["train"] + SMALL.first
-        expected = {"seed": sample.seed.scores, "g4seg": soft}
-        for row, scores in expected.items():
-            label = compose_label(scores, sample.seed.class_ids, SEED_BACKGROUND).numpy()
+        expected = {"seed": ("seed", sample.seed.scores), "g4seg": (finished["recipe"], soft)}
+        for row, (name, scores) in expected.items():
+            label = compose_label(scores, sample.seed.class_ids, BACKGROUNDS[name]).numpy()
             folder = places.labels(row)  # type: ignore[arg-type]
             assert folder is not None
             assert np.array_equal(label_file(folder / "masks" / f"{sample.image_id}.png"), label)
