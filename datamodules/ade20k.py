@@ -29,7 +29,7 @@ class ADE20KDataModule(SeedDataModule):
         orientation: `stored` or `exif`, see `datamodules.images`.
         batch_size: images per batch.
         num_workers: reading processes.
-        shard: `i/n`, i from 1 to n.
+        shard: `i/n`, the i-th of n equal parts, see docs/scale.md.
     """
 
     bundled_classes: ClassVar[str | None] = "ade20k"

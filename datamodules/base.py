@@ -14,7 +14,7 @@ from datamodules.images import Orientation
 from datamodules.items import Item, check_unique, take_shard
 from datamodules.labels import FileLabels, LabelSource, XmlLabels
 from datamodules.reading import ItemDataset, ItemReader
-from datamodules.sampling import ProcessSampler
+from datamodules.sampling import ProcessSampler, own_part
 from datamodules.seed_files.maps import Dialect, ReadOptions
 from datamodules.seed_files.source import SeedSource, open_seeds
 from datamodules.truth import TruthOptions
@@ -39,7 +39,7 @@ class SeedDataModule(LightningDataModule, ABC):
         orientation: `stored` leaves images as they are in the file, `exif` turns them.
         batch_size: images per batch.
         num_workers: reading processes; 0 reads in the main process.
-        shard: `i/n` keeps every n-th item from the i-th on, i from 1 to n.
+        shard: `i/n` keeps every n-th item from the i-th on: 1/4 to 4/4 (0/4 is 4/4 too).
     """
 
     bundled_classes: ClassVar[str | None] = None
@@ -158,7 +158,7 @@ class SeedDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Sample | FailedSample]:
         """All items, without ground truth; of several processes each gets its own part."""
-        return self._loader(with_truth=False, sampler=self._own_part())
+        return self._loader(with_truth=False, sampler=own_part(self.trainer, self.items))
 
     def train_dataloader(self) -> DataLoader[Sample | FailedSample]:
         """All items in another order each epoch, for models trained on image-level labels.
@@ -184,12 +184,6 @@ class SeedDataModule(LightningDataModule, ABC):
             message = "test: these items have no ground truth; use predict, or give its folder"
             raise ConfigurationError(message)
         return self._loader(with_truth=True)
-
-    def _own_part(self) -> ProcessSampler | None:
-        trainer = self.trainer
-        if trainer is None or trainer.world_size == 1:
-            return None
-        return ProcessSampler(self.items, trainer.world_size, trainer.global_rank)
 
     def _loader(
         self, *, with_truth: bool, sampler: ProcessSampler | None = None

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from datamodules.base import SeedDataModule
 from datamodules.images import Orientation
-from datamodules.items import Item, find_image, read_list
+from datamodules.items import ImageFolder, Item, read_list
 from datamodules.layout import first_folder, ids_in
 from datamodules.seed_files.maps import CategoryIds, Dialect, ReadOptions
 from datamodules.truth import TruthOptions
@@ -36,7 +36,7 @@ class COCODataModule(SeedDataModule):
         orientation: `stored` or `exif`, see `datamodules.images`.
         batch_size: images per batch.
         num_workers: reading processes.
-        shard: `i/n`, i from 1 to n.
+        shard: `i/n`, the i-th of n equal parts, see docs/scale.md.
     """
 
     bundled_classes: ClassVar[str | None] = "coco"
@@ -92,7 +92,8 @@ class COCODataModule(SeedDataModule):
             raise ConfigurationError(message)
         folder = self._truth_folder()
         truths = self._truths(folder) if folder else {}
-        return [Item(name, find_image(images, name), self._truth(name, truths)) for name in ids]
+        find = ImageFolder(images).find
+        return [Item(name, find(name), self._truth(name, truths)) for name in ids]
 
     def _truth_folder(self) -> Path | None:
         if self.truth is not None:

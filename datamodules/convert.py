@@ -131,12 +131,13 @@ def _reader(
 ) -> Callable[[str, tuple[int, ...] | None], "Seed"]:
     """Reads the seed of an id, at the size of its image or else at its own."""
     from datamodules.images import header_size
-    from datamodules.items import find_image
+    from datamodules.items import ImageFolder
 
     if images is None:
         return seeds.read_unsized
     folder = Path(images)
-    return lambda name, labels: seeds.read(name, header_size(find_image(folder, name)), labels)
+    find = ImageFolder(folder).find
+    return lambda name, labels: seeds.read(name, header_size(find(name)), labels)
 
 
 def _labelled(

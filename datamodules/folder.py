@@ -5,7 +5,7 @@ from typing import Literal
 
 from datamodules.base import SeedDataModule
 from datamodules.images import Orientation
-from datamodules.items import IMAGE_SUFFIXES, Item, find_image, read_list
+from datamodules.items import IMAGE_SUFFIXES, ImageFolder, Item, read_list
 from datamodules.layout import first_folder
 from datamodules.seed_files.maps import Dialect, ReadOptions
 from g4seg_pl.types import ConfigurationError
@@ -26,7 +26,7 @@ class FolderDataModule(SeedDataModule):
         orientation: `stored` or `exif`, see `datamodules.images`.
         batch_size: images per batch.
         num_workers: reading processes.
-        shard: `i/n`, i from 1 to n.
+        shard: `i/n`, the i-th of n equal parts, see docs/scale.md.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class FolderDataModule(SeedDataModule):
         folder = first_folder("root", [self.root])
         truth = None if self.truth is None else first_folder("truth", [self.truth])
         if self.split is not None:
-            lines = read_list(Path(self.split))
+            lines, find = read_list(Path(self.split)), ImageFolder(folder).find
             images = [
                 (line.image_id, folder / line.image)
                 if line.image
-                else (line.image_id, find_image(folder, line.image_id))
+                else (line.image_id, find(line.image_id))
                 for line in lines
             ]
         else:

@@ -1,5 +1,6 @@
 """The list of a data set: ids, their safety, list files and shards."""
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ def parse_line(line: str) -> Line:
     Paths are relative to the root of the data set also where they begin with a slash.
     """
     first, *rest = line.split()
+    if "." not in first and "/" not in first:
+        return Line(first)  # nearly every line of a long list
     path = PurePosixPath(first)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         return Line(first)
@@ -103,22 +106,41 @@ def check_unique(items: list[Item]) -> None:
 
 
 def take_shard(items: list[Item], shard: str | None) -> list[Item]:
-    """The items of shard `i/n`, i from 1 to n: every n-th, so that shards are alike.
+    """The items of shard `i/n`: every n-th, so that shards are alike.
+
+    Shards 1/n to n/n hold every item once. 0/n is another name of n/n, so that an array of jobs
+    may count from 0 to n - 1 as well.
 
     Raises:
         ConfigurationError: `shard` is not of that form.
     """
     if shard is None:
         return items
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= index <= count:
-        message = f"shard: {shard!r} is not i/n with i from 1 to n, such as 1/4"
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", shard)
+    index, count = (int(match[1]), int(match[2])) if match else (1, 0)
+    if count < 1 or index > count:
+        message = (
+            f"shard: {shard!r} is not i/n: give shards 1/4 to 4/4, or 0/4 to 3/4, to split the "
+            "data in four"
+        )
         raise ConfigurationError(message)
-    return items[index - 1 :: count]
+    return items[(index - 1) % count :: count]
 
 
-def find_image(folder: Path, image_id: str) -> Path:
-    """The picture of an id in a folder; the first suffix, `.jpg`, if there is none."""
-    paths = [folder / f"{image_id}{suffix}" for suffix in IMAGE_SUFFIXES]
-    return next((path for path in paths if path.is_file()), paths[0])
+class ImageFolder:
+    """The pictures of a folder by id, from one listing instead of a look at each file.
+
+    Args:
+        folder: where they lie; it need not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # Path.iterdir would make a path of each name.
+        self._names = frozenset(os.listdir(folder) if folder.is_dir() else ())  # noqa: PTH208
+
+    def find(self, image_id: str) -> Path:
+        """The picture of an id; the first suffix, `.jpg`, if there is none."""
+        names = (f"{image_id}{suffix}" for suffix in IMAGE_SUFFIXES)
+        found = next((name for name in names if name in self._names), None)
+        return self.folder / (found or f"{image_id}{IMAGE_SUFFIXES[0]}")

@@ -1,5 +1,6 @@
 """Finding a data set under the folder the user gave, and complaining about what is not there."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,5 +43,6 @@ def first_folder(argument: str, places: Sequence[Path]) -> Path:
 
 def ids_in(folder: Path, suffix: str) -> list[str]:
     """Sorted names, without `suffix`, of the files in a folder that end with it."""
-    paths = folder.glob(f"*{suffix}")
-    return sorted(path.name.removesuffix(suffix) for path in paths if path.is_file())
+    with os.scandir(folder) as entries:  # which knows files from folders without a look at each
+        names = [entry.name for entry in entries if entry.is_file()]
+    return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))

@@ -31,7 +31,7 @@ class NightCityDataModule(SeedDataModule):
         orientation: `stored` or `exif`, see `datamodules.images`.
         batch_size: images per batch.
         num_workers: reading processes.
-        shard: `i/n`, i from 1 to n.
+        shard: `i/n`, the i-th of n equal parts, see docs/scale.md.
     """
 
     bundled_classes: ClassVar[str | None] = "nightcity"

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from datamodules.base import SeedDataModule
 from datamodules.classes import ClassList, read_class_list
 from datamodules.items import Item, check_unique, take_shard
+from datamodules.sampling import ProcessSampler, own_part
 from datamodules.training_items import MaskReader, TrainingImages, WholeImages, collate_whole
 from g4seg_pl.segmentation.augmentation import Augmentation, Augmenter
 from g4seg_pl.segmentation.label_folder import LabelFolder
@@ -39,6 +40,7 @@ class PseudoLabelDataModule(LightningDataModule):
         val_batch_size: of validation, test and prediction; above 1 all sizes must be equal.
         num_workers: reading processes.
         seed: of order and augmentation, with the epoch.
+        shard: `i/n` predicts the i-th of n equal parts, see docs/scale.md.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class PseudoLabelDataModule(LightningDataModule):
         val_batch_size: int = 1,
         num_workers: int = 4,
         seed: int = 0,
+        shard: str | None = None,
     ) -> None:
         super().__init__()
         self.images, self.val, self.test = images, val, test
+        self.shard = shard
         self.labels = None if labels is None else Path(labels)
         self.soft = soft
         self.augmentation = augmentation or Augmentation()
@@ -63,6 +67,8 @@ class PseudoLabelDataModule(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self._training: TrainingImages | None = None
         self._excluded: frozenset[str] = frozenset()
+        # A resumed run may have fewer images left than processes.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @property
     def class_list(self) -> ClassList:
@@ -99,7 +105,7 @@ class PseudoLabelDataModule(LightningDataModule):
         if stage == "test":
             _require_truth(self._items(self._evaluated("test")), "test")
         if stage == "predict":
-            self._items(self._evaluated("test"))
+            self._predicted()
 
     def use_labels(self, labels: Path | None) -> None:
         """Train on the masks of a folder from the next epoch on, after checking them.
@@ -137,13 +143,12 @@ class PseudoLabelDataModule(LightningDataModule):
 
     @property
     def items(self) -> tuple[Item, ...]:
-        """What predict looks at, less what is finished."""
-        listed = self._items(self._evaluated("test"))
-        return tuple(item for item in listed if item.image_id not in self._excluded)
+        """What predict looks at in this shard, less what is finished."""
+        return tuple(item for item in self._predicted() if item.image_id not in self._excluded)
 
     def exclude(self, ids: Collection[str]) -> None:
-        """Leave out of predict what is finished already."""
-        self._excluded |= frozenset(ids)
+        """Leave out of predict what is finished; what an earlier call left out counts again."""
+        self._excluded = frozenset(ids)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Augmented batches; the last is left out if it is smaller than the others."""
@@ -172,17 +177,24 @@ class PseudoLabelDataModule(LightningDataModule):
         return self._whole(self._evaluated("test"), with_truth=True)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Whole pictures."""
-        return self._whole(self._evaluated("test"), self.items, with_truth=False)
+        """Whole pictures; of several processes each gets its own part."""
+        sampler = own_part(self.trainer, self.items)
+        return self._whole(self._evaluated("test"), self.items, sampler, with_truth=False)
 
     def _whole(
-        self, source: SeedDataModule, items: Sequence[Item] | None = None, *, with_truth: bool
+        self,
+        source: SeedDataModule,
+        items: Sequence[Item] | None = None,
+        sampler: ProcessSampler | None = None,
+        *,
+        with_truth: bool,
     ) -> DataLoader[Any]:
         listed = self._items(source) if items is None else items
         images = WholeImages(listed, self._reader(source), with_truth=with_truth)
         return DataLoader(
             images,
             batch_size=self.val_batch_size,
+            sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=collate_whole,
         )
@@ -204,6 +216,9 @@ class PseudoLabelDataModule(LightningDataModule):
 
     def _reader(self, source: SeedDataModule) -> MaskReader:
         return MaskReader(self.class_list, source.orientation, source.truth_options, soft=self.soft)
+
+    def _predicted(self) -> list[Item]:
+        return take_shard(self._items(self._evaluated("test")), self.shard)
 
     @staticmethod
     def _items(source: SeedDataModule) -> list[Item]:

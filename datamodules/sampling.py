@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from lightning.pytorch import Trainer
 from torch.utils.data import DistributedSampler
 
 
@@ -30,3 +31,15 @@ class ProcessSampler(DistributedSampler[int]):
     def __len__(self) -> int:
         """The number of this process's items."""
         return len(self._indices)
+
+
+def own_part(trainer: Trainer | None, items: Sequence[object]) -> ProcessSampler | None:
+    """The sampler of this process's part of the items; None where there is but one process.
+
+    Args:
+        trainer: the DataModule's, which knows the processes; None outside a run.
+        items: those of the run's shard that are left to do.
+    """
+    if trainer is None or trainer.world_size == 1:
+        return None
+    return ProcessSampler(items, trainer.world_size, trainer.global_rank)

@@ -91,7 +91,7 @@ class ScenesDataModule(SeedDataModule):
         seed_options: what the seed files do not say themselves.
         batch_size: images per batch.
         num_workers: drawing processes; 0 draws in the main process.
-        shard: ``i/n`` keeps every n-th scene from the i-th on, i from 1 to n.
+        shard: ``i/n`` keeps every n-th scene from the i-th on: 1/4 to 4/4.
     """
 
     bundled_classes = "scenes"

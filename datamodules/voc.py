@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from datamodules.base import SeedDataModule
 from datamodules.images import Orientation
-from datamodules.items import Item, Line, find_image, read_list
+from datamodules.items import ImageFolder, Item, Line, read_list
 from datamodules.layout import find_root, ids_in
 from datamodules.seed_files.maps import Dialect, ReadOptions
 from g4seg_pl.types import ConfigurationError
@@ -34,7 +34,7 @@ class VOCDataModule(SeedDataModule):
         orientation: `stored` or `exif`, see `datamodules.images`.
         batch_size: images per batch.
         num_workers: reading processes.
-        shard: `i/n`, i from 1 to n.
+        shard: `i/n`, the i-th of n equal parts, see docs/scale.md.
     """
 
     bundled_classes: ClassVar[str | None] = "voc"
@@ -86,20 +86,20 @@ class VOCDataModule(SeedDataModule):
 
     def list_items(self) -> list[Item]:
         """The items of the split; ConfigurationError if its list cannot be found."""
-        voc, truth = self.voc, self._truth_folder()
-        return [self._item(voc, truth, line) for line in self._lines()]
+        voc = self.voc
+        pictures, truth = ImageFolder(voc / "JPEGImages"), voc / self._truth_folder()
+        masks = truth if truth.is_dir() else None
+        return [self._item(voc, pictures, masks, line) for line in self._lines()]
 
     def _truth_folder(self) -> str:
         augmented = "SegmentationClassAug" if self.split in _AUGMENTED else "SegmentationClass"
         return self.truth or augmented
 
-    def _item(self, voc: Path, truth: str, line: Line) -> Item:
-        image = voc / line.image if line.image else find_image(voc / "JPEGImages", line.image_id)
-        mask = voc / line.truth if line.truth and not self.truth else None
-        folder = voc / truth
-        if mask is None and folder.is_dir():
-            mask = folder / f"{line.image_id}.png"
-        return Item(line.image_id, image, mask)
+    def _item(self, voc: Path, pictures: ImageFolder, masks: Path | None, line: Line) -> Item:
+        image = voc / line.image if line.image else pictures.find(line.image_id)
+        if line.truth and not self.truth:
+            return Item(line.image_id, image, voc / line.truth)
+        return Item(line.image_id, image, masks and masks / f"{line.image_id}.png")
 
     def _lines(self) -> list[Line]:
         names = _AUGMENTED if self.split in _AUGMENTED else (self.split,)

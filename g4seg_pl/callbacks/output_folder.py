@@ -10,6 +10,7 @@
 
 import io
 import json
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -85,10 +86,12 @@ class OutputFolder:
         return self.root / "soft" / f"{image_id}.{'npz' if self.soft == 'npz' else 'npy'}"
 
     def finished(self) -> set[str]:
-        """The ids of all finished images."""
-        masks = self.root / "masks"
-        paths = (path.relative_to(masks).as_posix() for path in masks.rglob("*.png"))
-        return {path.removesuffix(".png") for path in paths}
+        """The ids of all finished images, from listings alone: no file is looked at."""
+        return set(_ids_below(self.root / "masks"))
+
+    def holds_masks(self) -> bool:
+        """Whether any image is finished."""
+        return next(_ids_below(self.root / "masks"), None) is not None
 
     def make(self) -> None:
         """Make the folders."""
@@ -127,6 +130,18 @@ class OutputFolder:
 
         dialect = clip_es if self.soft == "clip_es" else irn
         dialect.write(file, mask.class_ids, mask.foreground.numpy())
+
+
+def _ids_below(folder: str | Path, prefix: str = "") -> Iterator[str]:
+    """Names without ``.png`` of the label files in a folder and in those below it."""
+    if not Path(folder).is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _ids_below(entry.path, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".png"):
+                yield prefix + entry.name.removesuffix(".png")
 
 
 def _soft_arrays(mask: RefinedMask) -> dict[str, NDArray[Any]]:
@@ -173,6 +188,14 @@ class RecordFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+        # The last line of a killed process may be cut short; the next begins on its own.
+        with path.open("ab+") as file:
+            if (
+                file.seek(0, os.SEEK_END)
+                and file.seek(-1, os.SEEK_END) + 1
+                and file.read() != b"\n"
+            ):
+                file.write(b"\n")
 
     def add(self, image_id: str, error: str | None = None, **details: Any) -> None:
         """Append the record of one image; ``error`` makes it a failure."""
@@ -185,13 +208,24 @@ class RecordFile:
 
 def read_records(root: Path) -> Iterator[dict[str, Any]]:
     """Every record of a folder, of all its processes and runs, in order of time."""
-    lines = [
-        line
-        for path in root.glob("records.*.jsonl")
-        for line in path.read_text(encoding="utf-8").splitlines()
-    ]
-    records = [record for line in lines if (record := _parsed(line)) is not None]
-    yield from sorted(records, key=lambda record: str(record["time"]))
+    yield from sorted(_stored_records(root), key=lambda record: str(record["time"]))
+
+
+def last_records(root: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The last record of each of some images; no others are kept in memory."""
+    last: dict[str, dict[str, Any]] = {}
+    for record in _stored_records(root) if ids else ():
+        known = last.get(record["id"], record)
+        if record["id"] in ids and str(record["time"]) >= str(known["time"]):
+            last[record["id"]] = record
+    return last
+
+
+def _stored_records(root: Path) -> Iterator[dict[str, Any]]:
+    """The records file by file."""
+    for path in root.glob("records.*.jsonl"):
+        with path.open(encoding="utf-8") as lines:
+            yield from (record for line in lines if (record := _parsed(line)) is not None)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -211,11 +245,12 @@ def summarise(folder: OutputFolder, ids: Collection[str], skipped: Collection[st
         ids: the images asked for.
         skipped: those found finished when the run began.
     """
-    finished = folder.finished() & set(ids)
-    last = {record["id"]: record for record in read_records(folder.root)}
+    asked = set(ids)
+    finished = folder.finished() & asked
+    last = last_records(folder.root, asked - finished)
     failed = {
         image_id: str(last[image_id].get("error"))
         for image_id in ids
-        if image_id not in finished and last.get(image_id, {}).get("status") == "failed"
+        if last.get(image_id, {}).get("status") == "failed"
     }
     return RunSummary(len(finished - set(skipped)), len(skipped), failed, len(ids))

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from g4seg_pl.callbacks.folder_lock import folder_lock
 from g4seg_pl.callbacks.output_folder import OutputFolder, SoftFormat
 from g4seg_pl.callbacks.run_record import (
     Json,
@@ -46,22 +47,32 @@ def configuration(trainer: pl.Trainer, soft: SoftFormat) -> Json:
     }
 
 
-def finished_by(folder: OutputFolder, config: Json, ids: Collection[str]) -> frozenset[str]:
+def finished_by(
+    folder: OutputFolder, config: Json, ids: Collection[str], *, shared: bool = False
+) -> frozenset[str]:
     """Which of the images asked for lie finished in a folder, made by this very configuration.
 
     Args:
         folder: where the run writes.
         config: of this run.
         ids: the images asked for.
+        shared: other runs may be about to write there; its run.json counts before its first mask.
 
     Raises:
         ConfigurationError: the folder holds masks that another configuration made.
     """
     finished = folder.finished()
-    if not finished:
-        return frozenset()
+    if finished or shared:
+        _refuse_others(folder, config, holds_masks=bool(finished))
+    return frozenset(finished & set(ids))
+
+
+def _refuse_others(folder: OutputFolder, config: Json, *, holds_masks: bool) -> None:
+    """Raise if run.json tells of another configuration, or is missing where there are masks."""
     record = read_run_record(folder.run_json)
     if not record:
+        if not holds_masks:
+            return
         msg = f"out {folder.root} holds masks but no run.json: use another out, or --override"
         raise ConfigurationError(msg)
     if keys := differing_keys(config, record["config"]):
@@ -70,23 +81,72 @@ def finished_by(folder: OutputFolder, config: Json, ids: Collection[str]) -> fro
             f"{', '.join(keys)}: use another out, or --override"
         )
         raise ConfigurationError(msg)
-    return frozenset(finished & set(ids))
 
 
 def to_redo(folder: OutputFolder, config: Json, ids: Collection[str]) -> set[str]:
     """What ``override`` removes: the images asked for, or all that another configuration made."""
-    try:
-        record = read_run_record(folder.run_json)
-    except ConfigurationError:
-        record = {}
-    same = bool(record) and not differing_keys(config, record["config"])
+    same = _made_by(folder, config)
     return folder.finished() & set(ids) if same else folder.finished()
 
 
-def write_run_record(folder: OutputFolder, config: Json, module: Any, datamodule: Any) -> None:
-    """Write run.json, or add this run to the one of a continued folder."""
-    now = environment()
-    if folder.finished():
+def _made_by(folder: OutputFolder, config: Json) -> bool:
+    """Whether run.json tells of this configuration."""
+    try:
+        record = read_run_record(folder.run_json)
+    except ConfigurationError:
+        return False
+    return bool(record) and not differing_keys(config, record["config"])
+
+
+def open_run(
+    folder: OutputFolder,
+    config: Json,
+    ids: Collection[str],
+    module: Any,
+    datamodule: Any,
+    *,
+    override: bool,
+) -> None:
+    """Write run.json, or add this run to it; with ``override``, remove masks to be made again.
+
+    Runs over other shards may do the same at this moment: of those that find no run.json one
+    writes it, and the others compare theirs with that one.
+
+    Args:
+        folder: where the run writes; it exists.
+        config: of this run.
+        ids: the images asked for.
+        module: the LightningModule.
+        datamodule: the DataModule; its ``shard``, if it has one, is recorded.
+        override: redo the images asked for, and drop what another configuration made.
+
+    Raises:
+        ConfigurationError: another run came first, with another configuration.
+    """
+    shared = shard_of(datamodule) is not None
+    with folder_lock(folder.root):
+        if override:
+            folder.forget(to_redo(folder, config, ids))
+        holds_masks = folder.holds_masks()
+        if holds_masks or (shared and not override):
+            _refuse_others(folder, config, holds_masks=holds_masks)
+        goes_on = holds_masks or (shared and _made_by(folder, config))
+        _write_run_record(folder, config, module, datamodule, goes_on=goes_on)
+
+
+def shard_of(datamodule: Any) -> str | None:
+    """The part of the data that the run is over; None if it is over all."""
+    shard: str | None = getattr(datamodule, "shard", None)
+    return shard
+
+
+def _write_run_record(
+    folder: OutputFolder, config: Json, module: Any, datamodule: Any, *, goes_on: bool
+) -> None:
+    """Write run.json, or add this run to the one that is there."""
+    shard = shard_of(datamodule)
+    now = ({} if shard is None else {"shard": shard}) | environment()
+    if goes_on:
         record = read_run_record(folder.run_json)
         record.setdefault("continued", []).append(now)
     else:

@@ -12,6 +12,7 @@ from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from g4seg_pl.types import ConfigurationError
 
@@ -185,6 +186,10 @@ def read_run_record(path: Path) -> dict[str, Json]:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that no reader meets half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    # A name of its own: several runs may write config.yaml of one folder at once.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,8 @@ from g4seg_pl.callbacks.resume import (
     configuration,
     finished_by,
     json_text,
-    to_redo,
-    write_run_record,
+    open_run,
+    shard_of,
 )
 from g4seg_pl.types import BadItemError, ConfigurationError, FailedSample, G4SegError, RefinedMask
 
@@ -90,17 +91,17 @@ class MaskWriter(BasePredictionWriter):
         config = configuration(trainer, self.soft)
         datamodule.exclude(())  # what an earlier run in this process left out counts again
         self._ids = tuple(item.image_id for item in datamodule.items)
-        keep = not self.override
-        self._skipped = finished_by(self._folder, config, self._ids) if keep else frozenset()
+        shard, keep = shard_of(datamodule), not self.override
+        find = partial(finished_by, shared=shard is not None)
+        self._skipped = find(self._folder, config, self._ids) if keep else frozenset()
         datamodule.exclude(self._skipped)
         _suit_to_what_is_left(len(self._ids) - len(self._skipped), trainer)
         self._folder.make()
-        self._processes = ProcessFiles(self.out, getattr(datamodule, "shard", None))
+        self._processes = ProcessFiles(self.out, shard)
         self._processes.begin(trainer.global_rank)
         if trainer.is_global_zero:
-            if self.override:
-                self._folder.forget(to_redo(self._folder, config, self._ids))
-            write_run_record(self._folder, config, pl_module, datamodule)
+            run = (config, self._ids, pl_module, datamodule)
+            open_run(self._folder, *run, override=self.override)
         self._records = RecordFile(self._processes.record(trainer.global_rank))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mask-writer")
 

@@ -1,0 +1,144 @@
+"""Several runs in one output folder: who writes run.json, and who is refused."""
+
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from g4seg_pl.callbacks.folder_lock import folder_lock
+from g4seg_pl.callbacks.output_folder import (
+    OutputFolder,
+    RecordFile,
+    last_records,
+    read_records,
+)
+from g4seg_pl.callbacks.resume import finished_by, open_run
+from g4seg_pl.callbacks.run_record import write_text_atomically
+from g4seg_pl.types import ConfigurationError, RefinedMask
+
+
+@dataclass
+class Data:
+    """What the writer asks of a DataModule."""
+
+    shard: str | None = None
+    split: str = "train"
+
+
+def start(folder: OutputFolder, seed: int, shard: str | None, *, override: bool = False) -> None:
+    """Begin a run over images a and b, as the writer does."""
+    config = {"model": {"seed": seed}, "data": {"init_args": {"shard": shard}}}
+    folder.make()
+    if not override:
+        finished_by(folder, config, ["a", "b"], shared=shard is not None)
+    open_run(folder, config, ["a", "b"], object(), Data(shard), override=override)
+
+
+def add_mask(folder: OutputFolder, image_id: str) -> None:
+    folder.save(RefinedMask(image_id, (1,), torch.rand(1, 2, 2), torch.zeros(2, 2).byte()))
+
+
+def test_shards_add_themselves_to_one_record(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path)
+    for shard in ("1/3", "2/3", "0/3"):
+        start(folder, 0, shard)
+    record = json.loads(folder.run_json.read_text())
+    shards = [record["shard"], *(run["shard"] for run in record["continued"])]
+    assert shards == ["1/3", "2/3", "0/3"]
+
+
+def test_many_shards_at_once_are_all_recorded(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path)
+    threads = [
+        threading.Thread(target=start, args=(folder, 0, f"{index}/6")) for index in range(1, 7)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    record = json.loads(folder.run_json.read_text())
+    shards = [record["shard"], *(run["shard"] for run in record["continued"])]
+    assert sorted(shards) == [f"{index}/6" for index in range(1, 7)]
+
+
+def test_shard_of_another_configuration_is_refused_before_the_first_mask(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path)
+    start(folder, 0, "1/2")
+    with pytest.raises(ConfigurationError, match=r"differs in model\.seed"):
+        start(folder, 1, "2/2")
+
+
+def test_record_of_a_run_without_masks_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path)
+    start(folder, 0, None)
+    start(folder, 1, None)
+    assert json.loads(folder.run_json.read_text())["config"]["model"]["seed"] == 1
+
+
+def test_overriding_shards_drop_what_another_configuration_made_once(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path)
+    start(folder, 0, "1/2")
+    add_mask(folder, "c")
+    start(folder, 1, "1/2", override=True)
+    assert folder.finished() == set()
+    add_mask(folder, "c")  # of the other shard, made meanwhile
+    add_mask(folder, "a")
+    start(folder, 1, "2/2", override=True)
+    assert folder.finished() == {"c"}
+    record = json.loads(folder.run_json.read_text())
+    assert [record["shard"], record["continued"][0]["shard"]] == ["1/2", "2/2"]
+
+
+def test_lock_is_waited_for_and_then_complained_about(tmp_path: Path) -> None:
+    with (
+        folder_lock(tmp_path),
+        pytest.raises(ConfigurationError, match="has held its lock"),
+        folder_lock(tmp_path, patience=0.1),
+    ):
+        pass
+    with folder_lock(tmp_path, patience=0):
+        assert (tmp_path / ".lock").exists()
+
+
+def test_two_writers_of_one_text_do_not_disturb_each_other(tmp_path: Path) -> None:
+    texts = [letter * 20_000 for letter in "ab"]
+    target = tmp_path / "config.yaml"
+    errors: list[BaseException] = []
+
+    def write(text: str) -> None:
+        try:
+            for _ in range(30):
+                write_text_atomically(target, text)
+                assert target.read_text() in texts
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_line_cut_by_a_kill_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "records.rank0.jsonl"
+    RecordFile(path).add("a")
+    with path.open("a") as file:
+        file.write('{"id": "b", "st')
+    RecordFile(path).add("c")
+    assert [record["id"] for record in read_records(tmp_path)] == ["a", "c"]
+
+
+def test_last_record_counts_whichever_file_holds_it(tmp_path: Path) -> None:
+    for part in ("shard1of2.rank0", "shard2of2.rank0"):
+        records = RecordFile(tmp_path / f"records.{part}.jsonl")
+        records.add("a", error=f"in {part}")
+        records.add("b", error="not asked for")
+    found = last_records(tmp_path, {"a", "c"})
+    every = [record for record in read_records(tmp_path) if record["id"] == "a"]
+    assert found == {"a": every[-1]}
