@@ -39,6 +39,7 @@ COMMANDS = {
 # Commands with a parser of their own: module, function, help.
 OWN_PARSERS = {
     "prepare": Command("g4seg_pl.prepare:main", "write COCO's label images, or scenes as VOC"),
+    "bench": Command("g4seg_pl.bench.command:main", "time and memory against bare networks"),
     "convert": Command("datamodules.convert:main", "convert seed files between dialects"),
     "paper": Command("g4seg_pl.lab.paper:main", "a table of the paper beside the measured one"),
     "fit": Command("g4seg_pl.seeds.fit:main", "train the classifier behind activation maps"),

@@ -7,12 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+# Similarities formed at once: 16 MB in float32.
+_BUDGET = 2**22
+
 
 def nearest_neighbours(
     queries: Float[Tensor, "b c h w"],
     references: Float[Tensor, "b c h w"],
     exclude_radius: float = 0.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> Int[Tensor, "b n"]:
     """Return δ_j = argmax_j' cos(references[j'], queries[j]) for every location (Eq. 8).
 
@@ -21,7 +24,8 @@ def nearest_neighbours(
         references: features of the image they look in.
         exclude_radius: partners at this distance or nearer, in cells, are not considered;
             0 considers all.
-        chunk: rows of the n x n similarities formed at once, for each image of the batch.
+        chunk: rows of the n x n similarities formed at once, for each image of the batch; None
+            takes as many as keep all of them within 16 MB in float32.
 
     Returns:
         Flat indices into the h·w grid, rows first.
@@ -32,15 +36,14 @@ def nearest_neighbours(
     grid = (queries.shape[2], queries.shape[3])
     if exclude_radius > 0:
         _check_radius(exclude_radius, grid)
-    wanted = functional.normalize(queries.flatten(2), dim=1).transpose(1, 2)
+    wanted = queries.flatten(2)
     offered = functional.normalize(references.flatten(2), dim=1)
-    found = []
-    for begin in range(0, wanted.shape[1], chunk):
-        similarity = wanted[:, begin : begin + chunk] @ offered
-        if exclude_radius > 0:
-            near = _distances(grid, begin, similarity.shape[1], similarity.device)
-            similarity = similarity.masked_fill(near <= exclude_radius, -torch.inf)
-        found.append(similarity.argmax(-1))
+    batch, _, count = wanted.shape
+    rows = max(1, _BUDGET // max(1, batch * count)) if chunk is None else chunk
+    found = [
+        _partners(wanted[:, :, begin : begin + rows], offered, begin, grid, exclude_radius)
+        for begin in range(0, count, rows)
+    ]
     return torch.cat(found, dim=1)
 
 
@@ -97,6 +100,21 @@ def mix(
         low, high = confidence_range
         change = change.where((foreground >= low) & (foreground <= high), 0.0)
     return (foreground + (1 - beta) * change).clamp(0, 1)
+
+
+def _partners(
+    wanted: Float[Tensor, "b c r"],
+    offered: Float[Tensor, "b c n"],
+    begin: int,
+    grid: tuple[int, int],
+    radius: float,
+) -> Int[Tensor, "b r"]:
+    # A function of its own, so that a strip is freed before the next one is formed.
+    similarity = functional.normalize(wanted, dim=1).transpose(1, 2) @ offered
+    if radius > 0:
+        near = _distances(grid, begin, similarity.shape[1], similarity.device)
+        similarity = similarity.masked_fill(near <= radius, -torch.inf)
+    return similarity.argmax(-1)
 
 
 def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

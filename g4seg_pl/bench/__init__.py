@@ -1,0 +1,1 @@
+"""How close a run comes to the bare networks in time and memory, and what each part costs."""

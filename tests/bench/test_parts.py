@@ -1,0 +1,140 @@
+"""Each part at the tiny size, the command around them, and the GPU's bars where there is one."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from g4seg_pl.bench import command, resume, scaling
+from g4seg_pl.bench.allocation import peak_allocated
+from g4seg_pl.bench.injection import injection
+from g4seg_pl.bench.match import dense_match, match
+from g4seg_pl.bench.processes import processes
+from g4seg_pl.bench.rows import Bar, Row
+from g4seg_pl.bench.setting import Setting, available_cores
+from g4seg_pl.bench.steps import STEPS, steps
+from g4seg_pl.bench.waiting import waiting
+from g4seg_pl.core.correspondence import nearest_neighbours
+from g4seg_pl.main import main
+
+
+def test_match_keeps_within_its_memory_on_a_large_grid() -> None:
+    queries, references = torch.randn(2, 1, 32, 96, 96)
+    found: list[torch.Tensor] = []
+    peak = peak_allocated(
+        lambda: found.append(nearest_neighbours(queries, references)), torch.device("cpu")
+    )
+    # All similarities at once would take 340 MB; a strip of them takes 16.
+    assert peak < 24e6
+    assert torch.equal(found[-1], dense_match(queries, references))
+
+
+def test_match_has_its_bar(setting: Setting) -> None:
+    rows = {row.name: row for row in match(setting)}
+    assert rows["match: extra memory"].ok
+    assert rows["match: time / bare matrix product"].value
+
+
+def test_injection_adds_little_memory(setting: Setting) -> None:
+    rows = {row.name: row.value for row in injection(setting)}
+    assert rows["injection: 20 classes / 1 class"]
+    assert rows["injection: extra memory"] is not None
+    assert 0 <= rows["injection: extra memory"] < 50
+
+
+@pytest.mark.slow
+def test_every_step_has_its_rows(setting: Setting) -> None:
+    rows = {row.name: row for row in steps(setting)}
+    assert all(f"steps: {name}, memory" in rows for name in STEPS)
+    assert all(f"steps: {name} / paper" in rows for name in STEPS if name != "paper")
+    assert all(row.value is not None and row.value > 0 for row in rows.values())
+
+
+def test_waiting_is_a_share(setting: Setting) -> None:
+    rows = list(waiting(setting))
+    assert len(rows) == 2
+    assert all(row.value is not None and 0 <= row.value < 100 for row in rows)
+
+
+def test_resumed_run_is_timed_until_the_model_would_load(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "IMAGES", 50)
+    (row,) = resume.resume(setting)
+    assert row.ok
+    assert len(list((setting.out("resumed") / "masks").iterdir())) == 50
+
+
+@pytest.mark.slow
+def test_two_processes_need_two_cores(setting: Setting) -> None:
+    (row,) = processes(setting)
+    if available_cores() < 2:
+        assert row.ok is None
+    else:
+        assert row.value is not None
+        assert row.value > 0
+
+
+def fake_parts(setting: Setting) -> Iterator[Row]:
+    """A bar that holds, one that fails and is then mended, and one that fails."""
+    yield Row("fake: good", 1.0, "×", Bar(2))
+    yield Row("fake: mended", 3.0, "×", Bar(2))
+    yield Row("fake: mended", 1.0, "×", Bar(2))
+    yield Row("fake: bad", 3.0, "×", Bar(2))
+
+
+@pytest.fixture
+def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = command._load
+    monkeypatch.setattr(command, "PARTS", {"fake": "fake"})
+    monkeypatch.setattr(command, "_load", lambda t: fake_parts if t == "fake" else load(t))
+
+
+@pytest.mark.usefixtures("_fake")
+def test_status_says_whether_a_bar_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.json"
+    assert main(["bench", "--json", str(file)]) == 1
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["name"], row["ok"]) for row in rows] == [
+        ("fake: good", True),
+        ("fake: mended", True),
+        ("fake: bad", False),
+    ]
+    assert "bars that fail: fake: bad" in capsys.readouterr().err
+    assert main(["bench", "--only", "fake: good", "fake: mended", "--json", str(file)]) == 0
+    assert len(json.loads(file.read_text())["rows"]) == 2
+
+
+def test_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--only", "speed"]) == 1
+    assert "no part speed; give injection" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_scaling_and_profile_say_what_costs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "CLASSES", (1, 2))
+    monkeypatch.setattr(scaling, "GRIDS", (8,))
+    monkeypatch.setattr(scaling, "SCALES", (0.5, 1.0))
+    monkeypatch.setattr(scaling, "BATCHES", (1, 2))
+    monkeypatch.setattr(scaling, "processes", lambda setting: [])
+    file, work = tmp_path / "rows.json", str(tmp_path / "work")
+    assert main(["bench", "scaling", "--rounds", "1", "--json", str(file), "--work", work]) == 0
+    names = [row["name"] for row in json.loads(file.read_text())["rows"]]
+    assert len(names) == len(set(names)) == 3 * 2 + 1 + 2 + 2
+    assert main(["bench", "profile", "--lines", "3", "--work", work]) == 0
+    assert "Self CPU" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(1200)
+def test_bars_hold_on_a_gpu(tmp_path: Path) -> None:
+    parts = ["contest", "injection", "match", "steps"]
+    words = ["bench", "--size", "sd21", "--device", "cuda", "--work", str(tmp_path)]
+    assert main([*words, "--only", *parts]) == 0
