@@ -132,7 +132,7 @@ def _record(path: Path, options: dict[str, str], override: bool) -> None:
     if found != text and not override:
         message = (
             f"{path.parent} was made with {found}, not with {text}: give another out, the same "
-            "options, or --override true"
+            "options, or --override"
         )
         raise ConfigurationError(message)
     _write_text(path, text + "\n")

@@ -19,8 +19,18 @@ def main(words: Sequence[str]) -> int:
 
     status: int = auto_cli(
         {"coco": coco, "scenes": scenes},
-        args=list(words),
+        args=_with_values(words),
         prog="g4seg prepare",
         as_positional=False,
     )
     return status
+
+
+def _with_values(words: Sequence[str]) -> list[str]:
+    """The words with ``--override`` standing alone, as a flag does, given its value."""
+    # jsonargparse wants a value for every bool of a signature.
+    following = [*words[1:], "--"]
+    return [
+        "--override=true" if word == "--override" and after.startswith("-") else word
+        for word, after in zip(words, following, strict=True)
+    ]

@@ -141,8 +141,8 @@ def test_a_second_run_writes_what_is_missing(
     assert kept.read_bytes() == b"as it was"
     assert missing.is_file()
     assert prepare(instances, out, "--on-top", "later") == 1
-    assert "--override true" in capsys.readouterr().err
-    assert prepare(instances, out, "--on-top", "later", "--override", "true") == 0
+    assert "or --override" in capsys.readouterr().err
+    assert prepare(instances, out, "--on-top", "later", "--override") == 0
     np.testing.assert_array_equal(read(missing), expected("later", 1))
     assert not read(kept).any()
 
