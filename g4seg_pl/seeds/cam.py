@@ -14,6 +14,7 @@ Zhou et al., CVPR 2016; the facts are those of jiwoon-ahn/irn @a2ece00 (``step/m
 ``g4seg fit`` (:mod:`g4seg_pl.seeds.fit`) trains it from the command line.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -130,6 +131,8 @@ class Cam(SeedMaker):
         scales: of the image.
         learning_rate: of the ResNet; the head's is ten times as high.
         weight_decay: of all weights.
+        train_all: train the first two stages and the batch norms too, which IRN leaves as
+            ImageNet left them: needed where training begins with random weights.
         crop: side of training pictures, in pixels.
         longer_side: the range the longer side is drawn from in training, in pixels.
         background: how the background is scored when label maps are made; 0.15 if None.
@@ -144,6 +147,7 @@ class Cam(SeedMaker):
         scales: list[float] | None = None,
         learning_rate: float = 0.1,
         weight_decay: float = 1e-4,
+        train_all: bool = False,
         crop: int = 512,
         longer_side: tuple[int, int] = (320, 640),
         background: Threshold | PowerBackground | None = None,
@@ -154,6 +158,7 @@ class Cam(SeedMaker):
         self.method: Method = method
         self.scales = SCALES if scales is None else tuple(scales)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.train_all = train_all
         self.crop, self.longer_side = crop, longer_side
         self.network: ResNetClassifier | None = None
         self.failed: dict[str, str] = {}
@@ -170,7 +175,8 @@ class Cam(SeedMaker):
             self.network = self._untrained()
             return
         found = read_weights(self.weights)
-        network = ResNetClassifier(self.architecture, len(found["head.weight"]))
+        classes = len(found["head.weight"])
+        network = ResNetClassifier(self.architecture, classes, train_all=self.train_all)
         try:
             network.load_state_dict(found)
         except RuntimeError as error:
@@ -181,6 +187,9 @@ class Cam(SeedMaker):
 
     def make(self, sample: Sample) -> RefinedMask:
         """Make one map a class of the image.
+
+        A class without any positive response keeps its map, zero everywhere as in IRN's files,
+        and is named on standard error: no threshold will show it.
 
         Raises:
             BadItemError: the image has no image-level classes.
@@ -200,6 +209,7 @@ class Cam(SeedMaker):
             size,
             self.method,
         )
+        _name_empty_maps(sample, maps)
         return self.composed(sample, maps)
 
     def on_train_start(self) -> None:
@@ -222,7 +232,7 @@ class Cam(SeedMaker):
         present = torch.zeros(len(samples), network.head.out_channels)
         for row, item in zip(present, samples, strict=True):
             row[[label - 1 for label in item.seed.class_ids]] = 1
-        logits = network(torch.cat(pictures).to(self.device))
+        logits = network(torch.cat(pictures).to(self.device)).float()
         loss = functional.multilabel_soft_margin_loss(logits, present.to(self.device))
         options: dict[str, Any] = {"on_epoch": True, "batch_size": len(samples)}
         self.log("train/loss", loss, **options)
@@ -252,10 +262,19 @@ class Cam(SeedMaker):
             message = "weights: None given; train them with fit, or give IRN's res50_cam.pth"
             raise ConfigurationError(message)
         classes = len(trainer.datamodule.class_list)  # type: ignore[attr-defined]
-        return ResNetClassifier(self.architecture, classes, imagenet=self.imagenet)
+        options = {"imagenet": self.imagenet, "train_all": self.train_all}
+        return ResNetClassifier(self.architecture, classes, **options)
 
     def _network(self) -> ResNetClassifier:
         if self.network is None:
             message = "the model is not loaded: use a Trainer, or call configure_model first"
             raise ConfigurationError(message)
         return self.network
+
+
+def _name_empty_maps(sample: Sample, maps: Tensor) -> None:
+    """Say which of an image's classes the classifier has no positive response to."""
+    pairs = zip(sample.class_names, maps.amax((1, 2)).tolist(), strict=True)
+    if empty := [name for name, highest in pairs if highest <= 0]:
+        named = ", ".join(empty)
+        print(f"warning: {sample.image_id}: the map of {named} is zero everywhere", file=sys.stderr)

@@ -25,10 +25,20 @@ class ResNetClassifier(nn.Module):
         architecture: of torchvision's ResNets.
         classes: how many.
         imagenet: begin with ImageNet's weights (downloaded by torchvision).
+        train_all: every stage and every batch norm learns, as a network that begins with random
+            weights must; otherwise what IRN freezes is frozen.
     """
 
-    def __init__(self, architecture: Architecture, classes: int, *, imagenet: bool = False) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        classes: int,
+        *,
+        imagenet: bool = False,
+        train_all: bool = False,
+    ) -> None:
         super().__init__()
+        self.train_all = train_all
         from torchvision import models
 
         weights = "IMAGENET1K_V1" if imagenet else None
@@ -42,8 +52,9 @@ class ResNetClassifier(nn.Module):
         """Return the last stage's maps of normalised images."""
         net = self.resnet
         maps = net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images))))))
+        frozen = self.training and not self.train_all
         # The first two stages stay as ImageNet left them.
-        deep: Tensor = net.layer4(net.layer3(maps.detach() if self.training else maps))
+        deep: Tensor = net.layer4(net.layer3(maps.detach() if frozen else maps))
         return deep
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b k"]:
@@ -53,10 +64,10 @@ class ResNetClassifier(nn.Module):
         return logits
 
     def train(self, mode: bool = True) -> "ResNetClassifier":
-        """Set the mode; batch norms always stay in evaluation."""
+        """Set the mode; batch norms stay in evaluation unless everything is trained."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and not self.train_all:
                 module.eval()
         return self
 

@@ -1,5 +1,6 @@
 """CAM against a loop over scales, the grad-cam library, and a fit on image-level labels."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,34 @@ def test_pictures_are_resized_as_pillow_does(sample: Sample) -> None:
     steps = (picture + 1) * 127.5
     assert picture.shape == (1, 3, 20, 26)
     assert torch.allclose(steps, steps.round(), atol=1e-4)
+
+
+def test_a_class_without_response_keeps_its_map_and_is_named(
+    network: ResNetClassifier, sample: Sample, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maker = Cam("resnet18", scales=[1.0])
+    maker.network = copy.deepcopy(network)
+    # The features are never negative, so that neither is this class's response positive.
+    maker.network.head.weight.data[1] = -1.0
+    maker.network.head.weight.data[4] = 1.0
+    made = maker.make(sample)
+    assert made.class_ids == (2, 5)
+    assert made.foreground.amax((1, 2)).tolist() == [0.0, pytest.approx(1.0, abs=1e-3)]
+    said = capsys.readouterr().err
+    assert said == "warning: one: the map of dog is zero everywhere\n"
+
+
+def test_training_from_nothing_reaches_every_weight() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 32, 32)
+    found = {}
+    for train_all in (False, True):
+        network = ResNetClassifier("resnet18", 3, train_all=train_all).train()
+        before = network.resnet.bn1.running_mean.clone()
+        network(images).square().sum().backward()
+        moved = not torch.equal(before, network.resnet.bn1.running_mean)
+        found[train_all] = (network.resnet.conv1.weight.grad is not None, moved)
+    assert found == {False: (False, False), True: (True, True)}
 
 
 @pytest.mark.parametrize(("weights", "said"), [(None, "weights: None"), ("no.pth", "no file")])
