@@ -18,6 +18,7 @@ SYSTEMS = [
     "GroupViT", "SCLIP", "MaskCLIP", "DiffSegmenter", "TCL", "PGSeg", "OVSegmentor", "OVDiff",
     "FreeDA", "SegFormer", "Mask2Former", "OneFormer", "ODISE", "DTP", "OVAM", "DAAM", "DeOP",
     "CascadePSP", "SegRefiner", "SAMRefiner", "SEPL",
+    "AFA", "SSENet", "MoRe", "ExCEL", "iSeg",
 ]
 # fmt: on
 
