@@ -30,7 +30,7 @@ test: lint
 # Hours on a CPU; every part resumes and can be run by itself.
 lab: .venv/test.stamp
 	$(LAB) choose
-	$(LAB) claim modules refiners controls groups likelihood open_vocabulary costs
+	$(LAB) claim modules refiners makers controls groups likelihood open_vocabulary costs
 	$(LAB) sensitivity signals words failures --kinds gradcam
 	$(LAB) report
 

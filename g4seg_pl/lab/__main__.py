@@ -16,6 +16,7 @@ from g4seg_pl.lab.sources import SEED_KINDS, SeedKind
 from g4seg_pl.lab.table import Table
 from g4seg_pl.lab.tables.explanation import claim, likelihood
 from g4seg_pl.lab.tables.groups import groups
+from g4seg_pl.lab.tables.makers import makers
 from g4seg_pl.lab.tables.refinement import (
     controls,
     costs,
@@ -36,6 +37,7 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "refiners": refiners,
     "signals": signals,
     "controls": controls,
+    "makers": makers,
     "words": words,
     "likelihood": likelihood,
     "open_vocabulary": open_vocabulary,

@@ -14,7 +14,15 @@ from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.refine import refine
 from g4seg_pl.core.resize import apply_change, masks_to_working
 from g4seg_pl.lab.cache import canonical
-from g4seg_pl.lab.stages import Batch, Masks, NativeStage, Stage, Way, at_threshold
+from g4seg_pl.lab.stages import (
+    Batch,
+    Masks,
+    NativeStage,
+    Remainder,
+    Stage,
+    Way,
+    at_threshold,
+)
 from g4seg_pl.refiner import G4SegRefiner
 from g4seg_pl.types import Sample
 
@@ -91,7 +99,7 @@ class ChainRunner:
                 self._states[done] = self._advance(stage, state)
             state = self._states[done]
         state = state.settled()
-        if way.background is not None and isinstance(state.masks.background, Threshold):
+        if way.background is not None and not isinstance(state.masks.background, Remainder):
             masks = Masks(state.masks.foreground, Threshold(way.background))
             state = replace(state, masks=masks)
         return state

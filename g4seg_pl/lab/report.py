@@ -13,6 +13,7 @@ ORDER = (
     "modules",
     "sensitivity",
     "refiners",
+    "makers",
     "signals",
     "controls",
     "groups",

@@ -112,19 +112,13 @@ class SceneSource(Source):
     def samples(self, ids: Sequence[str]) -> list[Sample]:
         """Draw scenes and make, or read again, their seeds."""
         plain = [self._draw(name) for name in ids]
-        what = {"seeds": self.describe(), "ids": list(ids)}
+        what = {"seeds": self.describe(), "ids": list(ids), "holds": "maps and class ids"}
         saved = self.store.load("seeds", what)
         if saved is None:
-            maps = [self._seed(sample) for sample in plain]
-            # Half precision on disk, and so on the first run too.
-            saved = {"maps": np.concatenate(maps).astype(np.float16)}
+            saved = _packed([self._seed(sample) for sample in plain])
             self.store.save("seeds", what, saved)
-        counts = [len(sample.class_names) for sample in plain]
-        parts = np.split(saved["maps"].astype(np.float32), np.cumsum(counts)[:-1])
-        return [
-            replace(sample, seed=Seed(sample.seed.class_ids, torch.from_numpy(part)))
-            for sample, part in zip(plain, parts, strict=True)
-        ]
+        seeds = _unpacked(saved)
+        return [_with_seed(sample, seed) for sample, seed in zip(plain, seeds, strict=True)]
 
     def describe(self) -> Json:
         """Kind, scenes, and the model that the seeds depend on."""
@@ -152,15 +146,17 @@ class SceneSource(Source):
             truth=torch.from_numpy(scene.mask),
         )
 
-    def _seed(self, sample: Sample) -> NDArray[np.float32]:
+    def _seed(self, sample: Sample) -> Seed:
         if not self.kind.startswith("degraded"):
             with torch.no_grad():
-                return self._loaded_maker().make(sample).foreground.numpy()
+                made = self._loaded_maker().make(sample)
+            return Seed(made.class_ids, made.foreground)
         assert sample.truth is not None
         number = int(sample.image_id.removeprefix("scene_"))
         exact = [(sample.truth == label).numpy() for label in sample.seed.class_ids]
         pairs = zip(exact, sample.seed.class_ids, strict=True)
-        return np.stack([_degraded(mask, self.kind, number * 13 + label) for mask, label in pairs])
+        maps = [_degraded(mask, self.kind, number * 13 + label) for mask, label in pairs]
+        return Seed(sample.seed.class_ids, torch.from_numpy(np.stack(maps)))
 
     def _loaded_maker(self) -> SeedMaker:
         if self._maker is None:
@@ -205,6 +201,31 @@ class DataSource(Source):
     def describe(self) -> Json:
         """The data module's arguments."""
         return {"kind": self.kind, "data": describe(self.data)}
+
+
+def _packed(seeds: Sequence[Seed]) -> dict[str, NDArray[Any]]:
+    """Seeds as arrays, in half precision."""
+    return {
+        "maps": np.concatenate([seed.scores.numpy() for seed in seeds]).astype(np.float16),
+        "class_ids": np.concatenate([np.asarray(seed.class_ids, np.int64) for seed in seeds]),
+        "counts": np.asarray([len(seed.class_ids) for seed in seeds]),
+    }
+
+
+def _unpacked(arrays: dict[str, NDArray[Any]]) -> list[Seed]:
+    ends = np.cumsum(arrays["counts"])[:-1]
+    maps = np.split(arrays["maps"].astype(np.float32), ends)
+    classes = np.split(arrays["class_ids"], ends)
+    return [
+        Seed(tuple(int(each) for each in ids), torch.from_numpy(part))
+        for ids, part in zip(classes, maps, strict=True)
+    ]
+
+
+def _with_seed(sample: Sample, seed: Seed) -> Sample:
+    """The sample with a seed, whose classes need not be those of the scene."""
+    names = tuple(CLASS_NAMES[label - 1] for label in seed.class_ids)
+    return replace(sample, seed=seed, class_names=names)
 
 
 def make_seed_maker(kind: SeedKind, models: Models) -> SeedMaker:
