@@ -47,6 +47,7 @@ def made(lab: Lab, sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return found
 
 
+@pytest.mark.slow
 def test_the_table_has_every_maker_with_and_without_the_crf(made: Lab, tmp_path: Path) -> None:
     pytest.importorskip("pydensecrf")
     table = makers(made, RECIPE, scenes=4)
