@@ -32,7 +32,7 @@ lab: .venv/test.stamp
 	$(LAB) choose
 	$(LAB) claim modules refiners makers controls groups likelihood open_vocabulary costs
 	$(LAB) sensitivity signals words failures --kinds gradcam
-	$(LAB) report
+	$(LAB) signal_pictures report
 
 # Trains fifteen small networks; resumes where it was killed.
 PROCESSES ?= 2

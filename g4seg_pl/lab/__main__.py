@@ -12,6 +12,7 @@ from g4seg_pl.lab.laboratory import CHOSEN, MAIN_KINDS, Lab
 from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.pictures import failures
 from g4seg_pl.lab.report import write_report
+from g4seg_pl.lab.signal_pictures import signal_pictures
 from g4seg_pl.lab.sources import SEED_KINDS, SeedKind
 from g4seg_pl.lab.table import Table
 from g4seg_pl.lab.tables.explanation import claim, likelihood
@@ -43,7 +44,8 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "open_vocabulary": open_vocabulary,
     "costs": costs,
 }
-OTHERS = ("choose", "all", "report", "failures")
+OTHERS = ("choose", "all", "report", "failures", "signal_pictures")
+SIGNAL_PICTURES = CHOSEN.parents[1] / "signals"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kinds", nargs="+", choices=SEED_KINDS, default=MAIN_KINDS)
     made.add_argument("--only", nargs="+", default=None, help="ways to choose anew")
     made.add_argument("--checkpoints", nargs="+", type=Path, default=(), help="for `words`")
+    made.add_argument("--pictures", type=Path, default=SIGNAL_PICTURES, help="of `signal_pictures`")
     made.add_argument("--resamples", type=int, default=1000)
     made.add_argument("--quiet", action="store_true")
     return made
@@ -87,7 +90,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run what is asked for, in order."""
     options = parser().parse_args(args)
     lab = make_lab(options)
-    wanted = ["choose", *TABLES, "failures", "report"] if "all" in options.what else options.what
+    wanted = (
+        ["choose", *TABLES, "failures", "signal_pictures", "report"]
+        if "all" in options.what
+        else options.what
+    )
     try:
         for name in wanted:
             _run(name, lab, options)
@@ -105,6 +112,8 @@ def _run(name: str, lab: Lab, options: argparse.Namespace) -> None:
             print(write_report(lab.results))
         case "failures":
             print(failures(lab, options.results))
+        case "signal_pictures":
+            print(signal_pictures(lab, options.pictures))
         case _:
             made = words(lab, options.checkpoints) if name == "words" else TABLES[name](lab)
             made.write(lab.results)

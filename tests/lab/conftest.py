@@ -28,6 +28,7 @@ def grid() -> dict[str, Any]:
     ways: dict[str, Any] = {
         "g4seg": {"stages": [matching], "axes": {"0.beta": [0.5]}},
         "affinity": {"stages": [affinity]},
+        "grounding": {"stages": [stage("g4seg_pl.core.grounding.Grounding")]},
         "gradient": {"stages": [stage("g4seg_pl.core.gradient.Gradient", iterations=1)]},
         "feature-nn": {"stages": [stage(f"{STEPS}Correspondence", matching="self")]},
         "noise-only": {"stages": [stage("g4seg_pl.lab.controls.NoiseOnly", timestep=100)]},
