@@ -76,6 +76,7 @@ class Contest:
         )
         self.plain = Plain(setting.models, setting.device) if setting.plain_images else None
         self.batches: dict[int, float] = {}
+        self._last: RefinedMask | None = None
 
     def run(self) -> Iterator[Found]:
         """Warm up, measure memory, choose the batch, then image by image; yield after each."""
@@ -96,10 +97,7 @@ class Contest:
         candidates = BATCHES[self.setting.device.type]
         self.floor.best_batch(candidates[:1])
         self.floor.batch, self.batches = self.floor.best_batch(candidates)
-        self.stage.module.masks_per_pass = self.floor.batch
-        refiner = self.stage.module._refiner
-        if refiner is not None:
-            refiner.masks_per_pass = self.floor.batch
+        self.stage.limit(self.floor.batch)
 
     def _turn(self, contestant: str, name: str) -> None:
         """Let a contestant refine an image, and note its time."""
@@ -121,7 +119,7 @@ class Contest:
 
     def _compare(self, sample: Sample, soft: Tensor, name: str) -> None:
         """Hold plain's masks against g4seg's, of a run of its own if that has not had its turn."""
-        refined: RefinedMask | None = getattr(self, "_last", None)
+        refined = self._last
         if refined is None or refined.image_id != name:
             refined = self._run_stage(name)[1][0]
         rule = self.stage.module.background

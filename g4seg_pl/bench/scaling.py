@@ -26,6 +26,7 @@ from g4seg_pl.world.scenes import CLASS_NAMES
 
 CLASSES = (1, 2, 4, 8)
 GRIDS = (16, 32, 64, 96)
+STRIPS = (64, 1024, None)
 SCALES = (0.5, 1.0, 2.0)
 BATCHES = (1, 2, 4, 8)
 
@@ -53,7 +54,7 @@ def scaling(
     with TemporaryDirectory() as temporary:
         folder = (Path(temporary) if work is None else work).absolute()
         setting = Setting(SIZES[size], pick_device(device), folder, rounds=rounds)
-        for part in (by_classes, by_grid, by_image_size, by_batch, processes):
+        for part in (by_classes, by_grid, by_strip, by_image_size, by_batch, processes):
             for row in part(setting):
                 rows.append(row)
                 if json is not None:
@@ -91,6 +92,21 @@ def by_grid(setting: Setting) -> Iterator[Row]:
         extra = peak_allocated(run, setting.device) / 2**20
         detail = f"{extra:.3g} MiB beyond the features"
         yield from _rows(setting, "scaling: match by side of grid", {str(side): run}, detail)
+
+
+def by_strip(setting: Setting) -> Iterator[Row]:
+    """Milliseconds and memory of a match, by the rows of similarities formed at once.
+
+    Args:
+        setting: place and rounds.
+    """
+    side = GRIDS[-1]
+    queries, references = torch.randn(2, 1, CHANNELS, side, side, device=setting.device)
+    for strip in STRIPS:
+        run = partial(nearest_neighbours, queries, references, chunk=strip)
+        detail = f"{peak_allocated(run, setting.device) / 2**20:.3g} MiB beyond the features"
+        name = f"scaling: match of {side}×{side} by rows at once"
+        yield from _rows(setting, name, {str(strip or "default"): run}, detail)
 
 
 def by_image_size(setting: Setting) -> Iterator[Row]:

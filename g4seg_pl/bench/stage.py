@@ -93,6 +93,16 @@ class Stage:
             masks_per_pass=masks_per_pass,
         )
 
+    def limit(self, masks_per_pass: int) -> None:
+        """Change how many masks enter a network at once.
+
+        Args:
+            masks_per_pass: at most.
+        """
+        self.module.masks_per_pass = masks_per_pass
+        if self.module._refiner is not None:
+            self.module._refiner.masks_per_pass = masks_per_pass
+
     def run(self, data: SeedDataModule, out: Path) -> tuple[Spent, list[RefinedMask]]:
         """Predict; return the loop's time, last file written, and the masks.
 

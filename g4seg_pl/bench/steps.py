@@ -6,6 +6,7 @@ from functools import partial
 from statistics import median
 
 import torch
+from torch import nn
 
 from g4seg_pl.bench.rows import Row
 from g4seg_pl.bench.setting import Setting
@@ -51,10 +52,11 @@ def steps(setting: Setting) -> Iterator[Row]:
 
 
 def _memory_rows(setting: Setting, runs: "dict[str, partial[None]]") -> Iterator[Row]:
+    # Before the first is watched: loading takes more than running.
+    weights = _bytes(setting.generator) + _bytes(setting.features)
     for name, run in runs.items():
         with PeakMemory(setting.device) as memory:
             run()
-        weights = sum(p.numel() * p.element_size() for p in setting.generator.parameters())
         total = (memory.bytes + weights) / 1e9
         detail = f"weights {weights / 1e9:.3g} GB and {memory.bytes / 1e9:.3g} GB beyond; one mask"
         yield Row(f"steps: {name}, memory", total, "GB", setting.bar(MOST_GIGABYTES), detail)
@@ -76,6 +78,10 @@ def _time_rows(setting: Setting, spent: dict[str, list[Spent]]) -> Iterator[Row]
         bar = None if limit is None else setting.bar(limit)
         row = f"steps: {name}, 3 classes / 1 class"
         yield Row(row, ratio(over, under), "×", bar, describe_pairs(over, under))
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in network.parameters())
 
 
 def refine_once(setting: Setting, update: Sequence[UpdateStep], sample: Sample) -> None:

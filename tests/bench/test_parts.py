@@ -126,7 +126,7 @@ def test_scaling_and_profile_say_what_costs(
     file, work = tmp_path / "rows.json", str(tmp_path / "work")
     assert main(["bench", "scaling", "--rounds", "1", "--json", str(file), "--work", work]) == 0
     names = [row["name"] for row in json.loads(file.read_text())["rows"]]
-    assert len(names) == len(set(names)) == 3 * 2 + 1 + 2 + 2
+    assert len(names) == len(set(names)) == 3 * 2 + 1 + 3 + 2 + 2
     assert main(["bench", "profile", "--lines", "3", "--work", work]) == 0
     assert "Self CPU" in capsys.readouterr().out
 
