@@ -27,7 +27,7 @@ CHECKPOINT = "training.ckpt"
 
 @dataclass(frozen=True)
 class CamRecipe:
-    """How the classifier is trained; about a quarter of an hour of one core with bfloat16.
+    """How the classifier is trained; about twenty minutes of one core with bfloat16.
 
     Attributes:
         architecture: of torchvision's ResNets.

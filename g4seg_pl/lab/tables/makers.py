@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
-from g4seg_pl.lab.cam_weights import CamRecipe
+from g4seg_pl.lab.cam_weights import CamRecipe, cam_weights
 from g4seg_pl.lab.choose import LEAVES_PROBABILITIES, best_threshold
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.makers import LOWEST, MAKERS, MadeSource, MakerName
@@ -60,9 +60,11 @@ def makers(lab: Lab, recipe: CamRecipe | None = None, scenes: int = VALIDATION_S
         recipe: of CAM's classifier.
         scenes: of validation, on which label thresholds are chosen.
     """
+    recipe = recipe or CamRecipe()
+    cam_weights(lab.store, recipe, quiet=lab.quiet)  # trained now, where its losses can be shown
     rows: list[dict[str, Cell]] = []
     for name in MAKERS:
-        rows += _rows(lab, name, recipe or CamRecipe(), scenes)
+        rows += _rows(lab, name, recipe, scenes)
     protocol = lab.protocol() | {
         "background": f"as the row says, chosen on validation scenes 0 to {scenes - 1}",
         "settings": "those chosen for gradcam seeds, DiffSegmenter's for cross_attention seeds",
