@@ -13,6 +13,7 @@ from g4seg_pl.bench.setting import Setting
 from g4seg_pl.bench.timing import Spent, describe_pairs, interleaved, ratio
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.gradient import Gradient
+from g4seg_pl.core.grounding import Grounding
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.steps import Correspondence, UpdateStep
 from g4seg_pl.lab.cost import PeakMemory
@@ -20,9 +21,21 @@ from g4seg_pl.recipes import steps_of
 from g4seg_pl.refiner import G4SegRefiner
 from g4seg_pl.types import Sample
 
+# As chosen on the embedded world's validation scenes with Grad-CAM seeds (docs/results.md).
+AFFINITY = Affinity(
+    timestep=100,
+    power=2.0,
+    form="heads",
+    norm="range",
+    level_weights=(1.0, 1.0),
+    prompt="classes",
+    upsampling="joint_bilateral",
+    edge_epsilon=3e-3,
+)
 STEPS: dict[str, tuple[UpdateStep, ...]] = {
     "paper": (Correspondence(),),
-    "affinity": (next(step for step in steps_of("best") if isinstance(step, Affinity)),),
+    "affinity": (AFFINITY,),
+    "grounding": (next(step for step in steps_of("best") if isinstance(step, Grounding)),),
     "gradient": (Gradient(iterations=4),),
     "likelihood": (ChooseByLikelihood([[]]),),
     "best": steps_of("best"),
