@@ -83,4 +83,5 @@ def _stage_text(stage: Mapping[str, Any]) -> str:
 
 
 def _is_table(path: Path) -> bool:
-    return "rows" in json.loads(path.read_text(encoding="utf-8"))
+    # The loop writes rows too, and its own Markdown beside them.
+    return {"rows", "notes"} <= set(json.loads(path.read_text(encoding="utf-8")))
