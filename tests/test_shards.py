@@ -14,6 +14,12 @@ from g4seg_pl.main import main
 IDS = [f"image{index}" for index in range(5)]
 
 
+@pytest.fixture(autouse=True)
+def in_a_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_voc(tmp_path, IDS)
+    monkeypatch.chdir(tmp_path)
+
+
 def run_together(folder: Path, runs: list[list[str]]) -> list[str]:
     """Start the command lines at once in processes that know nothing of each other."""
     processes = [
@@ -37,10 +43,7 @@ def test_shards_fill_one_folder_together(
     tmp_path: Path,
     sd1_folder: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_voc(tmp_path, IDS)
-    monkeypatch.chdir(tmp_path)
     assert main(words("predict", sd1_folder, "one")) == 0
     shards = [words("predict", sd1_folder, "two", "--data.shard", f"{i}/2") for i in (0, 1)]
     last = run_together(tmp_path, shards)
@@ -58,25 +61,15 @@ def test_shards_fill_one_folder_together(
 
 
 def test_shard_without_an_image_is_no_error(
-    tmp_path: Path,
-    sd1_folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    sd1_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_voc(tmp_path)
-    monkeypatch.chdir(tmp_path)
     assert main(words("predict", sd1_folder, "out", "--data.shard", "7/8")) == 0
     assert capsys.readouterr().out == "done 0 / skipped 0 / failed 0 / total 0\n"
 
 
 def test_wrong_shard_is_refused_before_a_model_is_loaded(
-    tmp_path: Path,
-    sd1_folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    sd1_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_voc(tmp_path)
-    monkeypatch.chdir(tmp_path)
     assert main(words("predict", sd1_folder, "out", "--data.shard", "9/8")) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("g4seg predict: error: shard: '9/8' is not i/n")

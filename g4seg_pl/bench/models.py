@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -18,19 +18,9 @@ from transformers import (
 from g4seg_pl.bench.sizes import Size
 from g4seg_pl.callbacks.run_record import write_text_atomically
 from g4seg_pl.world.text import write_tokenizer
+from g4seg_pl.world.unet import MODEL_INDEX, build_scheduler
 
 CONTEXT_LENGTH = 77
-_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 
 
 @dataclass(frozen=True)
@@ -64,16 +54,9 @@ def write_models(folder: Path, size: Size) -> ModelFolders:
         _stored(AutoencoderKL(**size.vae), size).save_pretrained(found.generator / "vae")
         clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**size.clip))
         _stored(clip, size).save_pretrained(found.clip)
-    DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    ).save_pretrained(found.generator / "scheduler")
+    build_scheduler().save_pretrained(found.generator / "scheduler")
     # Last: where it lies, the folder is whole.
-    write_text_atomically(index, json.dumps(_INDEX))
+    write_text_atomically(index, json.dumps(MODEL_INDEX))
     return found
 
 

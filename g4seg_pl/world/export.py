@@ -17,19 +17,7 @@ from g4seg_pl.world.data import DEFAULT_CACHE
 from g4seg_pl.world.folders import WEIGHTS
 from g4seg_pl.world.text import write_tokenizer
 from g4seg_pl.world.train import classifier_weights, load_tokenizer, load_vae
-from g4seg_pl.world.unet import TextToLatent, build_scheduler
-
-_MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+from g4seg_pl.world.unet import MODEL_INDEX, TextToLatent, build_scheduler
 
 
 def averaged_model(out: Path, tokenizer: CLIPTokenizer) -> TextToLatent:
@@ -64,7 +52,7 @@ def export_generator(out: Path, scaling_factor: float, target: Path) -> None:
     model.text_encoder.save_pretrained(target / "text_encoder")
     write_tokenizer(target / "tokenizer")  # with vocab.json and merges.txt, for older readers
     build_scheduler().save_pretrained(target / "scheduler")
-    text = json.dumps(_MODEL_INDEX, indent=2) + "\n"
+    text = json.dumps(MODEL_INDEX, indent=2) + "\n"
     (target / "model_index.json").write_text(text, encoding="utf-8")
 
 

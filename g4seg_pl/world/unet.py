@@ -22,6 +22,19 @@ from g4seg_pl.world.text import TEXT_WIDTH, CaptionTokens, build_text_encoder
 LATENT_SIZE = 16
 GUIDE_CHANNELS, GUIDE_SIZE = 160, 8  # the teacher's last map
 
+# What makes a folder a Stable Diffusion for diffusers.
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
 
 def build_unet() -> UNet2DConditionModel:
     """Three resolutions (16, 8, 4), cross-attention at each, fresh weights (5.9 M)."""

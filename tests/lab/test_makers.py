@@ -12,15 +12,18 @@ import pytest
 import torch
 
 from g4seg_pl.core.background import compose_label
+from g4seg_pl.evaluation.confusion import mean_iou
 from g4seg_pl.lab import cam_weights as training
 from g4seg_pl.lab.cache import Store
 from g4seg_pl.lab.cam_weights import CamRecipe, cam_weights
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.makers import MadeSource
 from g4seg_pl.lab.models import Models
+from g4seg_pl.lab.scores import pooled
 from g4seg_pl.lab.stages import DenseCRF, Way
 from g4seg_pl.lab.table import read_table
-from g4seg_pl.lab.tables.makers import LABELS, makers, rule_of, rule_text
+from g4seg_pl.lab.tables import makers as table_of_makers
+from g4seg_pl.lab.tables.makers import LABELS, choose_labels, makers, rule_of, rule_text
 from g4seg_pl.main import main
 from g4seg_pl.world.folders import CLIP
 
@@ -92,6 +95,32 @@ def test_a_named_threshold_leaves_the_labels_that_the_maker_makes(made: Lab) -> 
         labels = [compose_label(s.seed.scores, s.seed.class_ids, rule) for s in (first, second)]
         assert torch.equal(*labels)
         assert set(second.seed.class_ids) < set(first.seed.class_ids)
+
+
+@pytest.mark.slow
+def test_the_background_before_a_crf_is_the_best_of_those_tried(
+    made: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pydensecrf")
+    found = {}
+    for value in (0.3, 0.9):
+        monkeypatch.setattr(table_of_makers, "CRF_BACKGROUNDS", (value,))
+        found[value] = _crf(choose_labels(made, "clip_es", RECIPE, 4).ways)
+        assert found[value].background == value
+    monkeypatch.setattr(table_of_makers, "CRF_BACKGROUNDS", (0.9, 0.3))
+    chosen = choose_labels(made, "clip_es", RECIPE, 4)
+    source = MadeSource(made.models, made.store, "clip_es", "val", 4, 0, chosen.threshold, RECIPE)
+    ways = [Way(str(value), (stage,)) for value, stage in found.items()]
+    runs = made.runner().run(ways, source, chosen.rule, (0,))
+    mious = {value: mean_iou(pooled(runs[str(value)]).counts) for value in found}
+    assert len(set(mious.values())) == 2
+    assert _crf(chosen.ways).background == max(mious, key=mious.__getitem__)
+
+
+def _crf(ways: tuple[Way, ...]) -> DenseCRF:
+    (stage,) = next(way for way in ways if way.name == "dcrf").stages
+    assert isinstance(stage, DenseCRF)
+    return stage
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.3, 0.95])

@@ -1,15 +1,17 @@
 """Seeds by every maker of `g4seg_pl.seeds`, refined: the table of seeds (issue 5)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
+from g4seg_pl.evaluation.confusion import mean_iou
 from g4seg_pl.lab.cam_weights import CamRecipe, cam_weights
 from g4seg_pl.lab.choose import LEAVES_PROBABILITIES, best_threshold
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.makers import LOWEST, MAKERS, MadeSource, MakerName
-from g4seg_pl.lab.scores import Scores
+from g4seg_pl.lab.scores import Scores, pooled
 from g4seg_pl.lab.sources import SeedKind
 from g4seg_pl.lab.stages import DenseCRF, Way
 from g4seg_pl.lab.table import Cell, Table, line_row
@@ -25,6 +27,9 @@ LABELS: dict[MakerName, str] = {
 }
 # Whose settings the refiners have; the other makers' seeds are like Grad-CAM's.
 SETTINGS: dict[MakerName, SeedKind] = {"diffsegmenter": "cross_attention"}
+# What the background may enter a dense CRF with; None is the seeds' own rule.
+CRF_BACKGROUNDS = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SEPARATOR = ", background "
 VALIDATION_SCENES = 64
 NOTE = (
     "Seeds are those of `g4seg predict -c configs/seeds/<maker>.yaml -c "
@@ -92,6 +97,8 @@ def _rows(lab: Lab, name: MakerName, recipe: CamRecipe, scenes: int) -> list[dic
 def choose_labels(lab: Lab, name: MakerName, recipe: CamRecipe, scenes: int) -> Chosen:
     """Choose label thresholds of a maker's seeds and of every way to refine them.
 
+    Behind a dense CRF the most probable label counts; there the background's score is chosen.
+
     Args:
         lab: models and store.
         name: of the maker.
@@ -104,11 +111,43 @@ def choose_labels(lab: Lab, name: MakerName, recipe: CamRecipe, scenes: int) -> 
     threshold, _ = best_threshold(plain["seed"])
     rule = rule_of(name, threshold)
     kind = SETTINGS.get(name, "gradcam")
-    ways = [replace(way, background=None) for way in named(lab, kind, WAYS)]
+    ways = [
+        replace(candidate, background=None)
+        for way in named(lab, kind, WAYS)
+        for candidate in _with_crf_backgrounds(way)
+    ]
     source = MadeSource(lab.models, lab.store, name, "val", scenes, 0, threshold, recipe)
     found = runner.run(ways, source, rule, noise, curve=True)
-    own = tuple(replace(way, background=_own_threshold(way, found[way.name])) for way in ways)
-    return Chosen(threshold, rule, own)
+    return Chosen(threshold, rule, tuple(_chosen(ways, found)))
+
+
+def _with_crf_backgrounds(way: Way) -> list[Way]:
+    """The way, or one for each score that the background may enter its dense CRF with."""
+    last = way.stages[-1]
+    if not isinstance(last, DenseCRF):
+        return [way]
+    before = way.stages[:-1]
+    return [
+        replace(
+            way,
+            name=f"{way.name}{SEPARATOR}{value}",
+            stages=(*before, replace(last, background=value)),
+        )
+        for value in CRF_BACKGROUNDS
+    ]
+
+
+def _chosen(ways: Sequence[Way], found: Mapping[str, Sequence[Scores]]) -> Iterator[Way]:
+    """The best of the ways that differ in the background alone, with its label threshold."""
+    for name, group in groupby(ways, lambda way: way.name.partition(SEPARATOR)[0]):
+        best = max(group, key=lambda way: _miou(way, found[way.name]))
+        yield replace(best, name=name, background=_own_threshold(best, found[best.name]))
+
+
+def _miou(way: Way, runs: Sequence[Scores]) -> float:
+    """In percent; behind a dense CRF of its own labels, else at the best threshold."""
+    own = _own_threshold(way, runs) is None
+    return 100 * mean_iou(pooled(runs).counts) if own else best_threshold(runs)[1]
 
 
 def rule_of(name: MakerName, threshold: float) -> BackgroundRule:
