@@ -30,9 +30,12 @@ test: lint
 # Hours on a CPU; every part resumes and can be run by itself.
 lab: .venv/test.stamp
 	$(LAB) choose
-	$(LAB) claim modules refiners makers controls groups likelihood open_vocabulary costs
-	$(LAB) sensitivity signals words failures --kinds gradcam
-	$(LAB) signal_pictures report
+	$(LAB) refiners
+	$(LAB) claim modules controls groups --kinds gradcam
+	$(LAB) sensitivity likelihood signals words --kinds gradcam --noise-seeds 1
+	$(LAB) open_vocabulary --noise-seeds 1
+	$(LAB) makers --images 150 --noise-seeds 1
+	$(LAB) costs failures signal_pictures report
 
 # Trains fifteen small networks; resumes where it was killed.
 PROCESSES ?= 2

@@ -35,7 +35,8 @@ def write_report(results: Path) -> Path:
     """Write ``results.md`` beside the folder of tables and return its path.
 
     Args:
-        results: the folder of ``<table>.json``; ``docs/results`` in the repository.
+        results: the folder of ``<table>.json``; ``docs/results`` in the repository. ``loop.md``
+            and ``failures.png``, if they lie there, are shown behind the tables.
     """
     parts = [HEAD]
     chosen = results / "chosen.json"
@@ -44,6 +45,9 @@ def write_report(results: Path) -> Path:
     tables = {path.stem: path for path in sorted(results.glob("*.json")) if _is_table(path)}
     names = [*(n for n in ORDER if n in tables), *(n for n in tables if n not in ORDER)]
     parts += [read_table(tables[name]).markdown() for name in names]
+    loop = results / "loop.md"
+    if loop.is_file():
+        parts.append(f"### Networks trained on the result\n\n{loop.read_text(encoding='utf-8')}")
     if (results / "failures.png").is_file():
         parts.append("### Failures\n\n![scenes that lost most](results/failures.png)\n")
     target = results.with_suffix(".md")

@@ -111,3 +111,13 @@ def test_the_report_is_written_from_files(lab: Lab) -> None:
     text = write_report(lab.results).read_text()
     assert "g4seg" in text
     assert "Settings were chosen on validation scenes" in text
+
+
+def test_the_report_shows_the_loop_as_the_loop_wrote_it(lab: Lab, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "chosen.json").write_text(lab.chosen_file.read_text())
+    (results / "loop.json").write_text('{"rows": [{"name": "seed", "miou": 1.0, "miou_se": 0.5}]}')
+    (results / "loop.md").write_text("| trained on | mIoU |\n|---|---|\n| seed | 1.00 |\n")
+    text = write_report(results).read_text()
+    assert text.endswith("| trained on | mIoU |\n|---|---|\n| seed | 1.00 |\n")
