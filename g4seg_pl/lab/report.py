@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from g4seg_pl.callbacks.run_record import write_text_atomically
+from g4seg_pl.lab.summary import short_text
 from g4seg_pl.lab.table import read_table
 
+# What a reader asks first comes first; the long table of settings stands behind all others.
 ORDER = (
+    "refiners",
+    "makers",
     "claim",
     "modules",
     "sensitivity",
-    "refiners",
-    "makers",
     "signals",
     "controls",
     "groups",
@@ -39,9 +41,9 @@ def write_report(results: Path) -> Path:
             and ``failures.png``, if they lie there, are shown behind the tables.
     """
     parts = [HEAD]
-    chosen = results / "chosen.json"
-    if chosen.is_file():
-        parts.append(chosen_text(json.loads(chosen.read_text(encoding="utf-8"))))
+    refiners = results / "refiners.json"
+    if refiners.is_file():
+        parts.append(short_text(json.loads(refiners.read_text(encoding="utf-8"))["rows"]))
     tables = {path.stem: path for path in sorted(results.glob("*.json")) if _is_table(path)}
     names = [*(n for n in ORDER if n in tables), *(n for n in tables if n not in ORDER)]
     parts += [read_table(tables[name]).markdown() for name in names]
@@ -50,6 +52,9 @@ def write_report(results: Path) -> Path:
         parts.append(f"### Networks trained on the result\n\n{loop.read_text(encoding='utf-8')}")
     if (results / "failures.png").is_file():
         parts.append("### Failures\n\n![scenes that lost most](results/failures.png)\n")
+    chosen = results / "chosen.json"
+    if chosen.is_file():
+        parts.append(chosen_text(json.loads(chosen.read_text(encoding="utf-8"))))
     target = results.with_suffix(".md")
     write_text_atomically(target, "\n".join(parts))
     return target

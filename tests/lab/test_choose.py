@@ -120,4 +120,4 @@ def test_the_report_shows_the_loop_as_the_loop_wrote_it(lab: Lab, tmp_path: Path
     (results / "loop.json").write_text('{"rows": [{"name": "seed", "miou": 1.0, "miou_se": 0.5}]}')
     (results / "loop.md").write_text("| trained on | mIoU |\n|---|---|\n| seed | 1.00 |\n")
     text = write_report(results).read_text()
-    assert text.endswith("| trained on | mIoU |\n|---|---|\n| seed | 1.00 |\n")
+    assert "\n\n| trained on | mIoU |\n|---|---|\n| seed | 1.00 |\n" in text

@@ -53,17 +53,20 @@ def words(lab: Lab, checkpoints: Sequence[Path] = ()) -> Table:
 
     Args:
         lab: models and store.
-        checkpoints: further generators, of growing training for instance.
+        checkpoints: further generators, of growing training for instance, named by their folders;
+            they are told the right class and a wrong one, nothing else.
     """
     kind = lab.kinds[0]
     rows: list[dict[str, Cell]] = []
     generators = {"embedded": lab.models, "random U-Net": with_random_unet(lab)}
     for folder in checkpoints:
         generators[folder.name] = Models(folder, lab.models.clip, lab.models.device)
-    chosen = named(lab, kind, ("g4seg", "affinity", "gradient"))
-    for name, models in generators.items():
+    chosen = named(lab, kind, ("g4seg", "affinity", "gradient", "best"))
+    for index, (name, models) in enumerate(generators.items()):
         other = replace(lab, models=models)
         ways = [each for way in chosen for each in prompts_and_injections(way)]
+        if index > 1:
+            ways = [way for way in ways if way.name.endswith((", right class", ", wrong class"))]
         # The seeds stay those of the lab's own models, whatever refines them.
         every = [Way("seed"), *ways]
         source, rule = lab.source(kind), lab.background(kind)
