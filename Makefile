@@ -4,6 +4,12 @@ BIN := .venv/bin
 
 LAB := $(BIN)/python -m g4seg_pl.lab
 
+# Generators of growing training, from the history of this repository (not in a shallow clone).
+CHECKPOINTS := $(addprefix outputs/lab/checkpoints/,first second 4350-steps)
+outputs/lab/checkpoints/first: COMMIT := e3a9026
+outputs/lab/checkpoints/second: COMMIT := fe0b17e
+outputs/lab/checkpoints/4350-steps: COMMIT := 6bffbcb
+
 .PHONY: demo test lint lab loop clean
 
 .venv/run.stamp: pyproject.toml
@@ -28,14 +34,20 @@ test: lint
 	$(BIN)/python -m pytest
 
 # Hours on a CPU; every part resumes and can be run by itself.
-lab: .venv/test.stamp
+lab: .venv/test.stamp $(CHECKPOINTS)
 	$(LAB) choose
 	$(LAB) refiners
 	$(LAB) claim modules controls groups --kinds gradcam
-	$(LAB) sensitivity likelihood signals words --kinds gradcam --noise-seeds 1
+	$(LAB) sensitivity likelihood signals --kinds gradcam --noise-seeds 1
+	$(LAB) words --kinds gradcam --noise-seeds 1 --checkpoints $(CHECKPOINTS)
 	$(LAB) open_vocabulary --noise-seeds 1
 	$(LAB) makers --images 150 --noise-seeds 1
 	$(LAB) costs failures signal_pictures report
+
+$(CHECKPOINTS):
+	mkdir -p $@
+	git archive $(COMMIT) g4seg_pl/world/weights/generator | tar -x -C $@ --strip-components=4 \
+		|| { rm -r $@; exit 1; }
 
 # Trains fifteen small networks; resumes where it was killed.
 PROCESSES ?= 2
