@@ -167,10 +167,10 @@ def choose(
 
     Args:
         lab: models and store.
-        grid: YAML with ``scenes``, ``kinds``, ``same_as`` and ``ways``.
+        grid: YAML with ``scenes``, ``kinds``, ``same_as``, ``features`` and ``ways``.
         kinds: instead of the grid's.
         scenes: instead of the grid's.
-        only: ways to choose anew; the others stay as the file has them.
+        only: ways to choose anew, ``features`` among them; the others stay as the file has them.
     """
     plan = yaml.safe_load(grid.read_text(encoding="utf-8"))
     count = scenes or int(plan["scenes"])
@@ -185,15 +185,26 @@ def choose(
         "kinds": {},
     }
     if lab.chosen_file.is_file():
-        chosen["kinds"] = json.loads(lab.chosen_file.read_text(encoding="utf-8"))["kinds"]
+        before = json.loads(lab.chosen_file.read_text(encoding="utf-8"))
+        chosen |= {name: before[name] for name in ("features", "kinds") if name in before}
+    noise, own = tuple(plan.get("noise_seeds", [0])), bool(plan.get("own_threshold", True))
+
+    def chooser_of(kind: SeedKind) -> Chooser:
+        return Chooser(lab, lab.source(kind, "val", count, 0), noise, own)
+
+    if "features" in plan and (not only or "features" in only):
+        from g4seg_pl.lab.choose_features import choose_features  # it is made of this
+
+        deciding = plan["features"]
+        chosen["features"] = choose_features(chooser_of(deciding["kind"]), deciding)
+        _write(lab.chosen_file, chosen)
+        lab.forget_chosen()
     for kind in kinds or plan["kinds"]:
-        source = lab.source(kind, "val", count, 0)
-        noise = tuple(plan.get("noise_seeds", [0]))
-        chooser = Chooser(lab, source, noise, bool(plan.get("own_threshold", True)))
+        chooser = chooser_of(kind)
         earlier = chosen["kinds"].get(kind, {}).get("ways", {}) if only else {}
         chosen["kinds"][kind] = _choose_kind(chooser, plan["ways"], earlier, only)
         _write(lab.chosen_file, chosen)
-    lab.__dict__.pop("chosen", None)
+    lab.forget_chosen()
     return chosen
 
 

@@ -14,8 +14,9 @@ from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.runner import Runner
 from g4seg_pl.lab.scores import line
 from g4seg_pl.lab.sources import DataSource, SeedKind, Source
-from g4seg_pl.lab.stages import Way, build_stages
+from g4seg_pl.lab.stages import Way
 from g4seg_pl.lab.table import Cell, Table, line_row
+from g4seg_pl.lab.written import build_stages
 from g4seg_pl.types import ConfigurationError
 from g4seg_pl.world.folders import CLIP, GENERATOR
 

@@ -120,7 +120,7 @@ class PaperFigure:
         rule: BackgroundRule,
         masks: Sequence[int | None],
     ) -> list[Row]:
-        refiner = self.table.lab.models.refiner()
+        refiner = self.table.lab.models.refiner(self.table.features)
         single = any(column.split(" ")[0] in OF_ONE_MASK for column in self.columns)
         threshold = Masks((), rule).threshold
         rows: list[Row] = []

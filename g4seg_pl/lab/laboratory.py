@@ -7,15 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from g4seg_pl.callbacks.run_record import Json
+from g4seg_pl.callbacks.run_record import Json, describe
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.features.base import DenseFeatures
+from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab.cache import Store
 from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.runner import Runner
 from g4seg_pl.lab.scores import Line, Scores, line
 from g4seg_pl.lab.sources import SceneSource, SeedKind
-from g4seg_pl.lab.stages import Stage, Way, build_stages
+from g4seg_pl.lab.stages import Stage, Way
+from g4seg_pl.lab.written import build_object, build_stages
+from g4seg_pl.refiner import G4SegRefiner
 from g4seg_pl.types import ConfigurationError
 from g4seg_pl.world.scenes import Split
 
@@ -78,12 +81,36 @@ class Lab:
         first = self.first if first is None else first
         return SceneSource(self.models, self.store, kind, split, count, first)
 
+    @cached_property
+    def features(self) -> DenseFeatures:
+        """F of Eq. 8 as chosen on validation scenes; the generator's autoencoder before that."""
+        written = self.chosen.get("features") if self.chosen_file.is_file() else None
+        if written is None:
+            return VAEFeatures()
+        places = {"clip": str(self.models.clip)}
+        made = build_object({name: written[name] for name in ("class_path", "init_args")}, places)
+        if not isinstance(made, DenseFeatures):
+            message = f"{self.chosen_file}: features: {written['class_path']} extracts none"
+            raise ConfigurationError(message)
+        return made
+
+    def forget_chosen(self) -> None:
+        """Read the file of chosen settings anew when next asked."""
+        for name in ("chosen", "features"):
+            self.__dict__.pop(name, None)
+        self._runners.clear()
+
     def runner(self, features: DenseFeatures | None = None) -> Runner:
-        """The runner with a feature extractor; the generator's autoencoder if None."""
-        name = repr(features)
+        """The runner with a feature extractor; the chosen one if None."""
+        used = self.features if features is None else features
+        name = str(describe(used))
         if name not in self._runners:
-            self._runners[name] = Runner(self.models, self.store, features, self.quiet)
+            self._runners[name] = Runner(self.models, self.store, used, self.quiet)
         return self._runners[name]
+
+    def refiner(self) -> G4SegRefiner:
+        """The generator with the chosen features, without steps."""
+        return self.models.refiner(self.features)
 
     def background(self, kind: SeedKind) -> Threshold:
         """The background rule of a kind of seeds, chosen on validation scenes."""

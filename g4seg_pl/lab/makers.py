@@ -14,7 +14,7 @@ from g4seg_pl.lab.cam_weights import CamRecipe, cam_weights
 from g4seg_pl.lab.laboratory import REPOSITORY
 from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.sources import SceneSource, scenes_identity
-from g4seg_pl.lab.stages import instantiated
+from g4seg_pl.lab.written import instantiated
 from g4seg_pl.seeds.base import SeedMaker
 from g4seg_pl.seeds.diffsegmenter import DiffSegmenter
 from g4seg_pl.types import Sample, Seed

@@ -9,16 +9,20 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from g4seg_pl.callbacks.run_record import describe
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
+from g4seg_pl.features.base import DenseFeatures
+from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab.cache import Store
 from g4seg_pl.lab.compare import WAYS, read_ways, ways_of
 from g4seg_pl.lab.laboratory import CHOSEN, REPOSITORY, Lab
 from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.scores import Line, Scores, line
 from g4seg_pl.lab.sources import DataSource, SeedKind, Source
-from g4seg_pl.lab.stages import Way, instantiated
+from g4seg_pl.lab.stages import Way
 from g4seg_pl.lab.table import Cell, Table
 from g4seg_pl.lab.tables.groups import group_rows
+from g4seg_pl.lab.written import instantiated, object_text
 from g4seg_pl.types import ConfigurationError
 from g4seg_pl.world.folders import CLIP, GENERATOR
 
@@ -75,6 +79,7 @@ class Options:
     background: Threshold | PowerBackground | None
     chosen: Path
     clip: Path
+    features: DenseFeatures | None
     configs: Path
     store: Path
     out: Path
@@ -93,6 +98,7 @@ def paper(
     background: Threshold | PowerBackground | None = None,
     chosen: Path = CHOSEN,
     clip: Path = CLIP,
+    features: DenseFeatures | None = None,
     configs: Path = CONFIGS,
     store: Path = Path("outputs/lab"),
     out: Path = Path("outputs/paper"),
@@ -113,6 +119,10 @@ def paper(
         background: the seeds' rule on real data; the row's own if None.
         chosen: settings chosen in the world.
         clip: the world's CLIP.
+        features: F of Eq. 8; None takes what was chosen in the world, and on real data the
+            generator's own autoencoder. The paper's is a CLIP image encoder, of which it does
+            not say more: `--features OpenClipFeatures --features.model ViT-B-16
+            --features.pretrained openai`.
         configs: folder of the tables' YAML.
         store: results; a run that was broken off goes on from there.
         out: where <table>.json and <table>.md, or <figure>.png and <figure>.md, are written.
@@ -133,6 +143,7 @@ def paper(
         background,
         chosen,
         clip,
+        features,
         configs,
         store,
         out,
@@ -211,6 +222,13 @@ class PaperTable:
             quiet=options.quiet,
         )
 
+    @property
+    def features(self) -> DenseFeatures:
+        """F of Eq. 8: what was asked for, else the world's own or the autoencoder's."""
+        if self.options.features is not None:
+            return self.options.features
+        return self.lab.features if self.options.world else VAEFeatures()
+
     def table(self) -> Table:
         """Run every row that can be run and say why the others cannot."""
         rows: list[dict[str, Cell]] = []
@@ -222,6 +240,7 @@ class PaperTable:
         protocol = {
             "measured on": where,
             "generator": str(self.options.model.model or "embedded"),
+            "F of Eq. 8": object_text(describe(self.features)),
             "noise seeds": self.options.noise_seeds,
             "settings": "chosen on validation scenes" if world else "configs/paper/ways.yaml",
             "unit": "percent; ± bootstrap standard error over images, gains paired",
@@ -239,7 +258,7 @@ class PaperTable:
         source, rule = self.source(row)
         ways = self.ways(row)
         every = [Way("seed"), *ways]
-        runner = self.lab.runner()
+        runner = self.lab.runner(self.features)
         found = runner.run(every, source, rule, self.lab.noise_seeds)
         if row.get("by_quality"):
             return self._by_quality(row, source, found)

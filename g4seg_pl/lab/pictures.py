@@ -59,7 +59,7 @@ def failures(lab: Lab, folder: Path, count: int = 8) -> Path:
         if set(source.ids[start : start + 16]) & set(ids)
         for sample in source.samples(source.ids[start : start + 16])
     }
-    made = sheet(lab.models.refiner(), [by_id[name] for name in ids], ways, lab.background(kind))
+    made = sheet(lab.refiner(), [by_id[name] for name in ids], ways, lab.background(kind))
     folder.mkdir(parents=True, exist_ok=True)
     made.save(folder / "failures.png")
     return folder / "failures.png"

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from g4seg_pl.callbacks.run_record import write_text_atomically
+from g4seg_pl.lab.choose_features import features_text
 from g4seg_pl.lab.summary import short_text
 from g4seg_pl.lab.table import read_table
+from g4seg_pl.lab.written import object_text
 
 # What a reader asks first comes first; the long table of settings stands behind all others.
 ORDER = (
@@ -54,7 +56,10 @@ def write_report(results: Path) -> Path:
         parts.append("### Failures\n\n![scenes that lost most](results/failures.png)\n")
     chosen = results / "chosen.json"
     if chosen.is_file():
-        parts.append(chosen_text(json.loads(chosen.read_text(encoding="utf-8"))))
+        settings = json.loads(chosen.read_text(encoding="utf-8"))
+        if "features" in settings:
+            parts.append(features_text(settings["features"]))
+        parts.append(chosen_text(settings))
     target = results.with_suffix(".md")
     write_text_atomically(target, "\n".join(parts))
     return target
@@ -79,16 +84,10 @@ def chosen_text(chosen: Mapping[str, Any]) -> str:
         for name, way in found["ways"].items():
             value = way["background"]
             threshold = "" if value is None else f"{value:g}"
-            told = "; ".join(_stage_text(stage) for stage in way["stages"])
+            told = "; ".join(object_text(stage) for stage in way["stages"])
             gain, tried = f"{way['val_gain']:+.2f}", way["tried"]
             lines.append(f"| {kind} | {name} | {threshold} | {gain} | {tried} | {told} |")
     return "\n".join(lines) + "\n"
-
-
-def _stage_text(stage: Mapping[str, Any]) -> str:
-    name = str(stage["class_path"]).rpartition(".")[2]
-    arguments = ", ".join(f"{key}={value}" for key, value in stage.get("init_args", {}).items())
-    return f"{name}({arguments})".replace("|", "/")
 
 
 def _is_table(path: Path) -> bool:

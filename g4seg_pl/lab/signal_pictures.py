@@ -45,7 +45,7 @@ def signal_pictures(lab: Lab, folder: Path, count: int = 4) -> Path:
     source = lab.source(lab.kinds[0])
     ids = source.ids[: 12 * count]
     samples = [s for s in source.samples(ids) if len(s.class_names) == 1][:count]
-    context = lab.models.refiner().context(samples)
+    context = lab.refiner().context(samples)
     seeds = torch.cat([sample.seed.scores for sample in samples])
     threshold = lab.background(lab.kinds[0]).value
     draw: dict[str, Callable[[Tensor, RefinementContext, Lab], Columns]] = {

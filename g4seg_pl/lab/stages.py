@@ -1,14 +1,12 @@
 """What a way to refine is made of: update steps, and refiners that work at native size."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 from torch import Tensor
 
@@ -290,52 +288,3 @@ def _each_at(steps: Any, threshold: float) -> Any:
     if isinstance(steps, (list, tuple)):
         return [_each_at(step, threshold) for step in steps]
     return at_threshold(steps, threshold)
-
-
-def build_stage(written: Mapping[str, Any]) -> Stage:
-    """Return the stage that YAML or JSON writes as ``class_path`` and ``init_args``.
-
-    Raises:
-        ConfigurationError: there is no such class, or it refuses an argument.
-    """
-    path = str(written.get("class_path", ""))
-    module, _, name = path.rpartition(".")
-    try:
-        made = getattr(import_module(module), name)
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(made, "stage")
-        parsed = parser.parse_object({"stage": dict(written.get("init_args") or {})})
-        stage = instantiated(parser, parsed)["stage"]
-    except (ImportError, AttributeError, ValueError, TypeError, ArgumentError) as error:
-        message = f"stage {path!r} with {written.get('init_args')} cannot be made: {error}"
-        raise ConfigurationError(message) from error
-    return cast(Stage, stage)
-
-
-def instantiated(parser: ArgumentParser, parsed: Any) -> Any:
-    """Return what was parsed with its classes made."""
-    # jsonargparse 4.49 renamed the method; older ones are supported too.
-    make = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return make(parsed)
-
-
-def build_stages(
-    written: Sequence[Mapping[str, Any]], places: Mapping[str, str] | None = None
-) -> tuple[Stage, ...]:
-    """Return the stages of a list in YAML or JSON.
-
-    Args:
-        written: ``class_path`` and ``init_args`` of each.
-        places: what stands for ``{clip}`` and the like, so that files hold no absolute path.
-    """
-    return tuple(build_stage(_placed(each, places or {})) for each in written)
-
-
-def _placed(written: Any, places: Mapping[str, str]) -> Any:
-    if isinstance(written, Mapping):
-        return {name: _placed(value, places) for name, value in written.items()}
-    if isinstance(written, list | tuple):
-        return [_placed(value, places) for value in written]
-    if isinstance(written, str) and written.startswith("{"):
-        return places.get(written.strip("{}"), written)
-    return written

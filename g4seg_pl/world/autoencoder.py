@@ -37,10 +37,11 @@ def colour_loss(decoded: Tensor, images: Tensor) -> Tensor:
 
 
 class AutoencoderTask(L.LightningModule):
-    """Fits the autoencoder: colour loss, the teacher's features, a weak KL term.
+    """Fits the autoencoder: colour loss, the teacher's features and verdicts, a weak KL term.
 
-    With ``decoder_only`` the latents stay what they are (a U-Net was trained on them) and only the
-    decoder learns.
+    The verdicts are the teacher's logits of the classes at each place: a feature that moves a
+    little may still cross the line between seen and not seen. With ``decoder_only`` the latents
+    stay what they are (a U-Net was trained on them) and only the decoder learns.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class AutoencoderTask(L.LightningModule):
         learning_rate: float = 1.5e-3,
         steps: int = 3500,
         perceptual_weight: float = 0.2,
+        verdict_weight: float = 0.0,
         kl_weight: float = 1e-5,
         decoder_only: bool = False,
     ) -> None:
@@ -66,21 +68,35 @@ class AutoencoderTask(L.LightningModule):
         self.teacher.eval()
         posterior = self.vae.encode(images).latent_dist
         decoded = self.vae.decode(posterior.sample()).sample
-        pairs = zip(self.teacher.features(decoded), self.teacher.features(images), strict=True)
+        found, wanted = self.teacher.features(decoded), self.teacher.features(images)
+        pairs = zip(found, wanted, strict=True)
         seen = sum((F.l1_loss(ours, theirs) for ours, theirs in pairs), decoded.new_zeros(()))
+        judged = F.smooth_l1_loss(self._verdicts(found[-1]), self._verdicts(wanted[-1]))
         pixels = colour_loss(decoded.float(), images)
         kl = posterior.kl().mean() / images[0].numel()
-        self.log_dict({"pixels": pixels, "seen": seen, "kl": kl}, prog_bar=True)
-        weighted = self.hparams["perceptual_weight"] * seen
+        parts = {"pixels": pixels, "seen": seen, "verdicts": judged, "kl": kl}
+        self.log_dict(parts, prog_bar=True)
+        weighted = (
+            self.hparams["perceptual_weight"] * seen + self.hparams["verdict_weight"] * judged
+        )
         total: Tensor = pixels + weighted + self.hparams["kl_weight"] * 256 * kl
         return total
 
+    def _verdicts(self, features: Tensor) -> Tensor:
+        """The teacher's logits, over 4, where its last map ``(B, C, h, w)`` has a place."""
+        logits: Tensor = self.teacher.head(features.flatten(2).transpose(1, 2)).float()
+        return logits.clamp(-8, 24) / 4
+
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """PSNR in dB of images in [0, 1], the mean over images."""
-        images = batch[0]
+        """PSNR in dB of images in [0, 1], the mean over images; the teacher's recall kept."""
+        images, presence = batch
         decoded = self.vae.decode(self.vae.encode(images).latent_dist.mode()).sample
         error = ((decoded.float().clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
         self.log("psnr", (-10 * error.log10()).mean(), prog_bar=True)
+        before, after = (
+            ((self.teacher(x) > 0) * presence).sum() for x in (images, decoded.float())
+        )
+        self.log("recall_kept", after / before, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW under a one-cycle schedule."""

@@ -142,12 +142,13 @@ def train_vae(options: argparse.Namespace) -> None:
 
 def train_decoder(options: argparse.Namespace) -> None:
     """The published autoencoder's decoder alone, with more weight on what the teacher sees."""
-    steps = options.steps or 3500
+    steps = options.steps or 12_000
     task = AutoencoderTask(
         load_teacher(options.out),
-        learning_rate=8e-4,
+        learning_rate=4e-4,
         steps=steps,
         perceptual_weight=1.0,
+        verdict_weight=20.0,
         decoder_only=True,
     )
     published = AutoencoderKL.from_pretrained(GENERATOR, subfolder="vae")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from fake_voc import IDS, write_voc
 
-from g4seg_pl.lab.stages import build_stages
+from g4seg_pl.lab.written import build_stages
 from g4seg_pl.main import main
 from g4seg_pl.recipes import steps_of
 

@@ -13,6 +13,7 @@ from g4seg_pl.lab.models import Models
 
 STEPS = "g4seg_pl.core.steps."
 CONTROLS = "g4seg_pl.core.controls."
+VAE = "g4seg_pl.features.vae.VAEFeatures"
 
 
 def stage(path: str, **arguments: Any) -> dict[str, Any]:
@@ -58,6 +59,12 @@ def grid() -> dict[str, Any]:
             "degraded_80_100": "degraded",
             "gradcam": "degraded",
             "clip_es": "degraded",
+        },
+        "features": {
+            "kind": "degraded",
+            "stages": [matching],
+            "axes": {"0.beta": [0.8, 0.3]},
+            "candidates": [stage(VAE, level=level) for level in (-1, 0)],
         },
         "ways": ways,
     }

@@ -11,12 +11,15 @@ import pytest
 import yaml
 
 from g4seg_pl.core.background import Threshold
+from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.evaluation.confusion import mean_iou
+from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab.choose import GRID, Chooser, best_threshold, choose, with_values
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.report import write_report
 from g4seg_pl.lab.scores import THRESHOLDS
-from g4seg_pl.lab.stages import Way, build_stages
+from g4seg_pl.lab.stages import Way
+from g4seg_pl.lab.written import build_stages
 from g4seg_pl.types import ConfigurationError
 
 BLUR = {"class_path": "g4seg_pl.core.steps.Blur", "init_args": {"sigma": 2.0}}
@@ -34,6 +37,34 @@ def test_the_best_of_the_tried_is_chosen(lab: Lab) -> None:
     tried = chooser.try_all(settings, lab.background("degraded").value)
     assert found["val_miou"] == pytest.approx(max(each.miou for each in tried), abs=1e-3)
     assert found["tried"] == 2
+
+
+def test_the_feature_space_is_chosen_first_and_then_used(lab: Lab) -> None:
+    found = lab.chosen["features"]
+    gains = {each["features"]["init_args"]["level"]: each["val_gain"] for each in found["tried"]}
+    best = max(gains, key=lambda level: gains[level])
+    assert (found["init_args"]["level"], len(gains)) == (best, 2)
+    assert isinstance(lab.features, VAEFeatures)
+    assert lab.features.level == best
+    # The same by hand: a runner on each space, without the wrapper that tries them.
+    seed = lab.chosen["kinds"]["degraded"]["seed"]
+    source, rule = lab.source("degraded", "val", 6, 0), Threshold(seed["background"])
+    for level, gain in gains.items():
+        ways = [
+            Way(str(beta), (Correspondence(confidence_range=None, beta=beta),))
+            for beta in (0.8, 0.3)
+        ]
+        curve = lab.runner(VAEFeatures(level)).run(ways, source, rule, curve=True)
+        reached = max(best_threshold(curve[way.name])[1] for way in ways)
+        assert reached - seed["val_miou"] == pytest.approx(gain, abs=2e-3)
+
+
+def test_features_that_are_none_are_refused(lab: Lab, tmp_path: Path) -> None:
+    chosen = json.loads(lab.chosen_file.read_text()) | {"features": BLUR}
+    path = tmp_path / "chosen.json"
+    path.write_text(json.dumps(chosen))
+    with pytest.raises(ConfigurationError, match="Blur extracts none"):
+        _ = replace(lab, chosen_file=path).features
 
 
 def test_the_curve_is_what_the_thresholds_give(lab: Lab) -> None:

@@ -20,7 +20,8 @@ from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.runner import Runner
 from g4seg_pl.lab.scores import gain_of, line
 from g4seg_pl.lab.sources import BANDS, SceneSource, mask_iou
-from g4seg_pl.lab.stages import DenseCRF, LabelFiles, Masks, Way, at_threshold, build_stage
+from g4seg_pl.lab.stages import DenseCRF, LabelFiles, Masks, Way, at_threshold
+from g4seg_pl.lab.written import build_object
 from g4seg_pl.types import ConfigurationError
 
 RULE = Threshold(0.5)
@@ -183,4 +184,4 @@ def test_steps_are_told_the_threshold() -> None:
 )
 def test_a_stage_that_cannot_be_made_is_named(written: dict[str, object]) -> None:
     with pytest.raises(ConfigurationError, match="cannot be made"):
-        build_stage(written)
+        build_object(written)

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from g4seg_pl.lab.laboratory import CHOSEN
-from g4seg_pl.lab.stages import at_threshold, build_stages
+from g4seg_pl.lab.stages import at_threshold
+from g4seg_pl.lab.written import build_stages
 from g4seg_pl.world.settings import BACKGROUNDS, RECIPES
 
 FOUND = json.loads(CHOSEN.read_text(encoding="utf-8"))["kinds"]["gradcam"]

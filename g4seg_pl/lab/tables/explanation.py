@@ -101,7 +101,7 @@ def explain(
         if saved is None:
             samples = source.samples(ids)
             with torch.no_grad():
-                batch = make_batch(lab.models.refiner(), samples)
+                batch = make_batch(lab.refiner(), samples)
                 seeds = Masks(tuple(each.seed.scores for each in samples), rule)
                 found = candidates(batch, ChainRunner(batch, seeds))
             saved = _measure(batch, found, how)

@@ -170,7 +170,7 @@ def costs(lab: Lab) -> Table:
     kind = lab.kinds[0]
     source = lab.source(kind)
     samples = source.samples(source.ids[:8])
-    refiner, rule = lab.models.refiner(), lab.background(kind)
+    refiner, rule = lab.refiner(), lab.background(kind)
     rows: list[dict[str, Cell]] = []
     for way in named(lab, kind, (*SIGNALS, "best", *CONTROLS)):
         cost = cost_of(way, refiner, samples, rule)
