@@ -17,14 +17,13 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from g4seg_pl.callbacks.output_folder import (
     MaskSink,
     OutputFolder,
-    RecordFile,
     RunSummary,
     SoftFormat,
-    new_record,
     require_file_name,
     summarise,
 )
 from g4seg_pl.callbacks.processes import ProcessFiles
+from g4seg_pl.callbacks.records import RecordFile, new_record
 from g4seg_pl.callbacks.resume import (
     background_rule,
     configuration,
