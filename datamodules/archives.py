@@ -6,10 +6,11 @@ contents between them are skipped. After that each member is one read at a known
 
 import os
 import tarfile
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any, BinaryIO
+from threading import RLock
+from typing import BinaryIO
 
 from datamodules.addresses import open_binary
 from datamodules.errors import bad_item
@@ -17,6 +18,9 @@ from g4seg_pl.types import ConfigurationError
 
 SCAN_BLOCK = 2**16
 """Bytes read ahead while going through headers: a seed file or two, not a picture of megabytes."""
+
+MOST_OPEN = 32
+"""So many tars a process keeps open; systems often allow a process 1024 files."""
 
 _FETCH_AGAIN = "Fetch or write the tar again"
 
@@ -29,20 +33,51 @@ class _Place:
     size: int
 
 
-@dataclass(frozen=True)
-class _Handle:
-    """An open tar, and the process that opened it: places in files are shared after a fork."""
+class _OpenTars:
+    """The tars that one process has open, the latest used last; a process is never handed others'.
 
-    file: BinaryIO
-    process: int = field(default_factory=os.getpid)
-    lock: Lock = field(default_factory=Lock)
+    After a fork both processes would move the place in one and the same open file.
+    """
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+        # Taken again by the same thread where the garbage collector ends an archive in between.
+        self._lock = RLock()
+
+    def read(self, owner: int, url: str, place: _Place) -> bytes:
+        """Reads a part of a tar, which is opened if `owner` has not got it open."""
+        with self._lock:
+            file = self._files.pop(owner, None) or open_binary(url)
+            self._files[owner] = file
+            while len(self._files) > MOST_OPEN:
+                self._files.popitem(last=False)[1].close()
+            file.seek(place.offset)
+            return file.read(place.size)
+
+    def close(self, owner: int) -> None:
+        """Closes the tar of `owner`, if it is open."""
+        with self._lock:
+            if file := self._files.pop(owner, None):
+                file.close()
+
+
+_opened = _OpenTars()
+
+
+def _open_tars() -> _OpenTars:
+    """The open tars of this very process."""
+    global _opened
+    if _opened.process != os.getpid():
+        _opened = _OpenTars()
+    return _opened
 
 
 class TarArchive:
     """The members of one uncompressed tar, by name.
 
     Making one opens nothing. It can be pickled and survives a fork: what it knows of the tar's
-    contents goes along, and each process opens the tar for itself.
+    contents goes along, and each process opens the tar for itself, once.
 
     Args:
         url: a local path, or an address of fsspec such as `s3://bucket/images-000.tar`.
@@ -51,7 +86,6 @@ class TarArchive:
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
         self._places: dict[str, _Place] | None = None
-        self._handle: _Handle | None = None
 
     def names(self) -> tuple[str, ...]:
         """The members that are files, as they are called in the tar, in its order.
@@ -63,6 +97,10 @@ class TarArchive:
                 cannot be reached.
         """
         return tuple(self._index())
+
+    def holds(self, name: str) -> bool:
+        """Whether there is such a member."""
+        return name in self._index()
 
     def size(self, name: str) -> int:
         """The size of a member in bytes; errors as of `read`."""
@@ -80,51 +118,39 @@ class TarArchive:
         """
         place = self._place(name)
         try:
-            content = self._read(place)
+            content = _open_tars().read(id(self), self.url, place)
         except Exception as error:  # every file system of fsspec has errors of its own
             self.close()  # a connection that broke is not used again
             problem = f"cannot be read: {_say(error)}"
-            raise bad_item(self._address(name), problem, "Check the tar, or try again") from error
+            raise bad_item(self.address(name), problem, "Check the tar, or try again") from error
         if len(content) != place.size:
             problem = f"the tar ends after {len(content)} of its {place.size} bytes"
-            raise bad_item(self._address(name), problem, _FETCH_AGAIN)
+            raise bad_item(self.address(name), problem, _FETCH_AGAIN)
         return content
+
+    def address(self, name: str) -> str:
+        """A member in words, for errors."""
+        return f"{self.url} [{name}]"
 
     def close(self) -> None:
         """Closes what this process has opened; a later `read` opens it again."""
-        handle, self._handle = self._handle, None
-        if handle is not None and handle.process == os.getpid():
-            handle.file.close()
+        _open_tars().close(id(self))
 
     def __del__(self) -> None:
         """Leaves no file open."""
         self.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the open file."""
-        return self.__dict__ | {"_handle": None}
-
-    def _address(self, name: str) -> str:
-        return f"{self.url} [{name}]"
-
     def _place(self, name: str) -> _Place:
         place = self._index().get(name)
         if place is None:
             problem = f"no such file among the {len(self._index())} of the tar"
-            raise bad_item(self._address(name), problem, "Check the name, or add it to the tar")
+            raise bad_item(self.address(name), problem, "Check the name, or add it to the tar")
         return place
 
     def _index(self) -> dict[str, _Place]:
         if self._places is None:
             self._places = _scan(self.url)
         return self._places
-
-    def _read(self, place: _Place) -> bytes:
-        if self._handle is None or self._handle.process != os.getpid():
-            self._handle = _Handle(open_binary(self.url))
-        with self._handle.lock:
-            self._handle.file.seek(place.offset)
-            return self._handle.file.read(place.size)
 
 
 def _say(error: Exception) -> str:
@@ -161,7 +187,8 @@ def _scan(url: str) -> dict[str, _Place]:
 def _scan_open(file: BinaryIO, places: dict[str, _Place]) -> None:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # kept otherwise, a kilobyte each
+            # Kept otherwise, a kilobyte each; typeshed does not know the attribute.
+            tar.members.clear()  # type: ignore[attr-defined]
             if not member.isreg():
                 continue
             if member.issparse():

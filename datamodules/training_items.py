@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from datamodules.classes import ClassList
 from datamodules.errors import bad_item
+from datamodules.files import File
 from datamodules.images import Orientation, check_size, read_image
 from datamodules.items import Item
 from datamodules.seed_files.reading import read_seed
@@ -80,7 +81,7 @@ class MaskReader:
         return seed.class_ids, class_distribution(seed.scores, reading_of(self.folder.record))
 
     def _labels(
-        self, path: Path, what: str, size: tuple[int, int], options: TruthOptions
+        self, path: File, what: str, size: tuple[int, int], options: TruthOptions
     ) -> NDArray[np.uint8]:
         values = read_truth(path, len(self.classes), options)
         remedy = "Take masks and pictures of one data set"
