@@ -7,6 +7,7 @@ contents between them are skipped. After that each member is one read at a known
 import os
 import tarfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -81,11 +82,17 @@ class TarArchive:
 
     Args:
         url: a local path, or an address of fsspec such as `s3://bucket/images-000.tar`.
+        places: offset and size in bytes of each member's content, from a list that was kept
+            beside the tar; None has them found in its headers.
     """
 
-    def __init__(self, url: str | Path) -> None:
+    def __init__(
+        self, url: str | Path, places: Mapping[str, tuple[int, int]] | None = None
+    ) -> None:
         self.url = str(url)
         self._places: dict[str, _Place] | None = None
+        if places is not None:
+            self._places = {name: _Place(*place) for name, place in places.items()}
 
     def names(self) -> tuple[str, ...]:
         """The members that are files, as they are called in the tar, in its order.
