@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from g4seg_pl.callbacks.run_record import write_text_atomically
 from g4seg_pl.callbacks.tar_samples import (
@@ -140,7 +140,7 @@ def read_manifest(path: Path) -> tuple[int, tuple[StoredSample, ...]] | None:
         return None
 
 
-def _sample(line: dict[str, str | list[int]], begin: int) -> StoredSample:
+def _sample(line: dict[str, Any], begin: int) -> StoredSample:
     """A sample from its line in a manifest."""
     image_id = str(line.pop("id"))
     members = {name: Place(int(offset), int(size)) for name, (offset, size) in line.items()}

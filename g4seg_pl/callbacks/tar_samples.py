@@ -117,7 +117,8 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # kept otherwise, a kilobyte each
+                # Kept otherwise, a kilobyte each; typeshed does not know the attribute.
+                tar.members.clear()  # type: ignore[attr-defined]
                 yield member
     except tarfile.ReadError:  # empty, or it ends within a header or a content
         return

@@ -187,9 +187,14 @@ class MaskWriter(BasePredictionWriter):
     ) -> None:
         """In a thread: write the files of an image, then its record."""
         height, width = mask.label.shape
-        details = {"class_ids": list(mask.class_ids), "height": height, "width": width}
-        details |= {"seconds": seconds, **_found_out(mask)}
-        record = new_record(mask.image_id, **details)
+        record = new_record(
+            mask.image_id,
+            class_ids=list(mask.class_ids),
+            height=height,
+            width=width,
+            seconds=seconds,
+            **_found_out(mask),
+        )
         try:
             sink.save(mask, record)
         except OSError as error:

@@ -55,7 +55,7 @@ class LabelTars:
             msg = f"{self._argument}: {tar.path} {what}. {_AGAIN}"
             raise ConfigurationError(msg)
         places = {
-            f"{key_of(sample.image_id)}.{suffix}": tuple(place)
+            f"{key_of(sample.image_id)}.{suffix}": (place.offset, place.size)
             for sample in tar.samples
             for suffix, place in sample.members.items()
             if suffix != LAST

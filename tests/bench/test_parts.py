@@ -62,9 +62,11 @@ def test_resumed_run_is_timed_until_the_model_would_load(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "IMAGES", 50)
-    (row,) = resume.resume(setting)
-    assert row.ok
+    monkeypatch.setattr(resume, "IMAGES_A_TAR", 20)
+    rows = list(resume.resume(setting))
+    assert [row.ok for row in rows] == [True, True]
     assert len(list((setting.out("resumed") / "masks").iterdir())) == 50
+    assert len(list((setting.out("resumed_tars") / "masks").glob("*.tar"))) == 3
 
 
 @pytest.mark.slow
