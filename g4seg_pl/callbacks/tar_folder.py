@@ -49,16 +49,15 @@ class TarFolder(OutputFolder):
         """
         found: set[str] = set()
         for tar in stored_tars(self.masks):
-            found.update(sample.image_id for sample in tar.samples)
+            found.update(tar.ids)
         return found
 
     def forget(self, ids: Collection[str]) -> None:
         """Remove images from their tars, which are written anew without them."""
         dropped = set(ids)
         for tar in stored_tars(self.masks):
-            kept = [sample for sample in tar.samples if sample.image_id not in dropped]
-            if len(kept) < len(tar.samples) and tar.state != "unfinished":
-                without(tar, kept)
+            if tar.state != "unfinished" and not dropped.isdisjoint(tar.ids):
+                without(tar, [each for each in tar.samples if each.image_id not in dropped])
 
     def mend(self, *, shard: str | None) -> None:
         """Finish tars that killed runs left, and say which tars are missing or were cut short.
@@ -111,10 +110,11 @@ def _mend(tar: StoredTar, *, ours: bool) -> None:
         case "unlisted":
             write_manifest(tar.manifest, tar.path.stat().st_size, tar.samples)
         case "cut short":
-            _say(f"{tar.path} was cut short or changed: {len(tar.samples)} images in it are whole")
+            _say(f"{tar.path} was cut short or changed: {len(tar.found)} images in it are whole")
             finish(tar, ours=True)
         case "missing":
-            _say(f"{tar.path} is missing, which held {tar.lost} images")
+            held = tar.listing.images if tar.listing else 0
+            _say(f"{tar.path} is missing, which held {held} images")
             tar.manifest.unlink(missing_ok=True)
 
 

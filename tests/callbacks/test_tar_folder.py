@@ -19,6 +19,7 @@ from g4seg_pl.callbacks.output_folder import MaskSink, OutputFolder
 from g4seg_pl.callbacks.resume import finished_by, open_run
 from g4seg_pl.callbacks.tar_folder import TarFolder
 from g4seg_pl.callbacks.tar_manifest import read_manifest, stored_tars
+from g4seg_pl.callbacks.tar_samples import whole_samples
 from g4seg_pl.callbacks.tar_writer import TarSize
 from g4seg_pl.types import BadItemError, ConfigurationError, RefinedMask
 
@@ -100,7 +101,11 @@ def test_full_tars_get_their_names_at_once(tmp_path: Path) -> None:
     assert len(names(folder)) == 6
     for tar in stored_tars(folder.masks):
         assert tar.state == "whole"
-        assert read_manifest(tar.manifest) == (tar.path.stat().st_size, tar.samples)
+        manifest = read_manifest(tar.manifest)
+        assert manifest is not None
+        assert manifest.size == tar.path.stat().st_size
+        assert manifest.samples() == tuple(whole_samples(tar.path))
+        assert tar.ids == [sample.image_id for sample in tar.samples]
 
 
 def test_tars_stay_within_their_bytes(tmp_path: Path) -> None:
@@ -206,6 +211,17 @@ def test_kill_between_tar_and_manifest_costs_nothing(tmp_path: Path) -> None:
     assert folder.finished() == set(IDS)
     folder.mend(shard=None)
     assert manifest.read_bytes() == content
+
+
+def test_damaged_manifest_is_named(tmp_path: Path) -> None:
+    folder = TarFolder(tmp_path)
+    fill(folder).close()
+    manifest = folder.masks / "rank0-000000.jsonl"
+    manifest.write_text(manifest.read_text().replace("png", '"'))
+    with pytest.raises(ConfigurationError, match=r"rank0-000000\.jsonl is damaged.*remove it"):
+        folder.finished()
+    manifest.write_text("{")  # not even a first line: as good as none
+    assert folder.finished() == set(IDS)
 
 
 @pytest.mark.parametrize("cut", [1, 1024, 5000])
