@@ -17,6 +17,7 @@ from datamodules.archives import TarArchive
 from datamodules.errors import bad_item
 from datamodules.files import File, StoredFile
 from datamodules.items import IMAGE_SUFFIXES, ImageFolder
+from g4seg_pl.callbacks.tar_samples import key_of
 from g4seg_pl.types import ConfigurationError
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".npy", ".npz", ".mat")
@@ -221,6 +222,11 @@ class TarFolder(_Listed):
             message = f"image {image_id} is there twice, as {other} and {file}. Keep one of them"
             raise ConfigurationError(message)
         super()._add(image_id, suffix, file)
+
+    def find(self, image_id: str, suffixes: Sequence[str]) -> list[File]:
+        """The files of an id, in the order of the suffixes; the key may spell the id."""
+        # In the tars that g4seg writes it does, or WebDataset would end it at the id's first dot.
+        return super().find(image_id, suffixes) or super().find(key_of(image_id), suffixes)
 
     def listed(self, suffixes: Sequence[str]) -> list[tuple[str, File]]:
         """Every id, in the tars' order, with its file of the first of the suffixes that it has.

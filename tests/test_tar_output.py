@@ -44,7 +44,7 @@ def test_tars_hold_the_files_of_a_run(
     assert said.out.endswith("done 2 / skipped 3 / failed 0 / total 5\n")
     assert tar_masks(tmp_path / "tars") == masks(tmp_path / "plain")
     assert main(words("predict", sd1_folder, "tars")) == 1
-    assert "differs in masks" in capsys.readouterr().err
+    assert "differs in tar" in capsys.readouterr().err
 
 
 # It leaves closing the tars to the garbage collector.

@@ -44,7 +44,7 @@ def configuration(trainer: pl.Trainer, soft: SoftFormat, *, tars: bool = False) 
         "model": describe(trainer.lightning_module),
         "data": describe(trainer.datamodule),  # type: ignore[attr-defined]
         "soft": soft,
-        **({"masks": "tar"} if tars else {}),
+        **({"tar": True} if tars else {}),
         "changed_by": [describe(callbacks[index]) for index in changing],
     }
 

@@ -311,7 +311,7 @@ def test_id_that_leads_out_of_a_folder_is_refused(tmp_path: Path) -> None:
 
 def start(folder: OutputFolder, seed: int, *, override: bool = False) -> frozenset[str]:
     """Begin a run over `IDS`, as the writer does; returns what it skips."""
-    tars = {"masks": "tar"} if isinstance(folder, TarFolder) else {}
+    tars = {"tar": True} if isinstance(folder, TarFolder) else {}
     config = {"model": {"seed": seed}, **tars}
     skipped = frozenset() if override else finished_by(folder, config, IDS)
     folder.make()
@@ -323,12 +323,12 @@ def test_the_two_forms_do_not_mix(tmp_path: Path) -> None:
     plain, tars = OutputFolder(tmp_path), TarFolder(tmp_path)
     start(tars, 0)
     die(fill(tars))  # an unfinished tar stands in the way too
-    with pytest.raises(ConfigurationError, match="differs in masks"):
+    with pytest.raises(ConfigurationError, match="differs in tar"):
         start(plain, 0)
     start(plain, 0, override=True)
     assert names(plain) == []
     plain.save(refined("a"))
-    with pytest.raises(ConfigurationError, match="differs in masks"):
+    with pytest.raises(ConfigurationError, match="differs in tar"):
         start(tars, 0)
     start(tars, 0, override=True)
     assert names(tars) == []

@@ -13,6 +13,8 @@ from fake_voc import CLASSES, SIZES
 from segmentation.trees import data_module, write_tree
 
 from datamodules.archives import TarArchive
+from datamodules.places import open_place
+from datamodules.seed_files import read_seed
 from g4seg_pl.callbacks.output_folder import OutputFolder
 from g4seg_pl.callbacks.tar_folder import TarFolder
 from g4seg_pl.callbacks.tar_samples import id_of
@@ -102,6 +104,16 @@ def test_tars_of_other_programs_are_read(root: Path) -> None:
         found = files.mask_file(image_id)
         assert found.read_bytes() == (root / "refined/masks" / f"{image_id}.png").read_bytes()
     assert not files.mask_file("nobody").is_file()
+
+
+def test_soft_maps_are_seeds_of_a_next_run(root: Path) -> None:
+    place = open_place("seeds", root / "tars" / "masks" / "*.tar")
+    for index, image_id in enumerate(IDS):
+        (file,) = place.find(image_id, (".npz",))
+        seed = read_seed(file, SIZES[index], 20)
+        assert seed.class_ids == CLASSES[index]
+        expected = mask(image_id, index).foreground
+        torch.testing.assert_close(seed.scores, expected, atol=1e-3, rtol=0)
 
 
 def test_files_count_where_there_are_files(root: Path) -> None:
