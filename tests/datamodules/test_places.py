@@ -1,118 +1,26 @@
 """Images and seeds in tars and at addresses: the same samples as from local folders."""
 
-import io
 import os
 import pickle
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stored_trees import FORMS, SIZES, add, assert_same, module, samples_of, store, write_tar
 
-from datamodules import FolderDataModule, VOCDataModule, check, places
+from datamodules import VOCDataModule, check, places
 from datamodules.addresses import expand
 from datamodules.archives import TarArchive
 from datamodules.classes import read_class_list
 from datamodules.seed_files import open_seeds, write_seed
 from datamodules.seed_files.writing import WRITABLE, suffix
-from g4seg_pl.types import ConfigurationError, FailedSample, Sample
-
-SIZES = {"a": (12, 17), "b": (9, 20), "c_2": (15, 15), "d": (8, 8)}
-FORMS = ("folder", "address", "tar", "tars", "remote tars")
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-def write_tar(path: Path, files: Sequence[Path], folder: str = "") -> Path:
-    with tarfile.open(path, "w") as tar:
-        for file in files:
-            add(tar, f"{folder}{file.name}", file.read_bytes())
-    return path
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    """An empty folder in memory."""
-    system = fsspec.filesystem("memory")
-    system.makedirs("/bucket", exist_ok=True)
-    yield "memory://bucket"
-    system.rm("/bucket", recursive=True)
-
-
-def upload(file: Path, address: str) -> None:
-    with fsspec.open(f"{address}/{file.name}", "wb") as target:
-        target.write(file.read_bytes())
-
-
-@pytest.fixture
-def tree(
-    tmp_path: Path,
-    save_image: Callable[..., Path],
-    save_seed: Callable[..., Path],
-) -> Path:
-    """Images of several kinds, seeds and truth in local folders."""
-    (tmp_path / "truth").mkdir()
-    for index, (name, size) in enumerate(SIZES.items()):
-        save_image(tmp_path / "images" / f"{name}{('.jpg', '.PNG')[index % 2]}", size)
-        save_seed(tmp_path / "seeds" / f"{name}.npy", [3, 15][: 1 + index % 2], size)
-        Image.new("L", size[::-1], 3 * index).save(tmp_path / "truth" / f"{name}.png")
-    (tmp_path / "images" / "notes.txt").write_text("no picture")
-    return tmp_path
-
-
-def store(folder: Path, form: str, bucket: str) -> str:
-    """The files of a local folder in another form; what to give to the DataModule."""
-    files = sorted(folder.iterdir())
-    match form:
-        case "folder":
-            return str(folder)
-        case "address":
-            for file in files:
-                upload(file, f"{bucket}/{folder.name}")
-            return f"{bucket}/{folder.name}/"
-        case "tar":
-            return str(write_tar(folder.with_suffix(".tar"), files, "./deep/er/"))
-    parts = [
-        write_tar(folder.parent / f"{folder.name}-{index:03d}.tar", files[index::3])
-        for index in range(3)
-    ]
-    if form == "tars":
-        return str(folder.parent / f"{folder.name}-{{000..002}}.tar")
-    for part in parts:
-        upload(part, bucket)
-    return f"{bucket}/{folder.name}-*.tar"
-
-
-def samples_of(data: FolderDataModule, **options: Any) -> dict[str, Sample | FailedSample]:
-    data.setup()
-    loader = data.test_dataloader() if options else data.predict_dataloader()
-    return {sample.image_id: sample for batch in loader for sample in batch}
-
-
-def module(root: str | Path, seeds: str | Path, **options: Any) -> FolderDataModule:
-    return FolderDataModule(root, seeds, "voc", **({"num_workers": 0} | options))
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    assert found.keys() == expected.keys()
-    for name, sample in expected.items():
-        other = found[name]
-        assert isinstance(other, Sample), other
-        assert torch.equal(other.image, sample.image)
-        assert torch.equal(other.seed.scores, sample.seed.scores)
-        assert other.seed.class_ids == sample.seed.class_ids
-        if sample.truth is not None:
-            assert torch.equal(other.truth, sample.truth)
+from g4seg_pl.types import FailedSample, Sample
 
 
 @pytest.mark.parametrize("seeds", FORMS)
@@ -236,93 +144,6 @@ def test_each_place_is_listed_once(
     samples_of(data)
     data.list_items()
     assert len(listings) == len(set(listings)) == 1 + 3
-
-
-def test_nothing_is_read_before_an_image_is_due(tree: Path, bucket: str) -> None:
-    root, seeds = (store(tree / name, "address", bucket) for name in ("images", "seeds"))
-    data = module(root, seeds)
-    data.setup()
-    fsspec.filesystem("memory").rm("/bucket/seeds/b.npy")
-    found = samples_of(data)
-    assert isinstance(found["b"], FailedSample)
-    assert found["b"].error == "memory://bucket/seeds/b.npy: no such file. Check the id"
-    assert all(isinstance(found[name], Sample) for name in ("a", "c_2", "d"))
-
-
-class Hostile:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.mark}",)
-
-
-@pytest.mark.parametrize("form", ["address", "tar"])
-def test_bad_items_fail_by_name_and_execute_nothing(tree: Path, bucket: str, form: str) -> None:
-    mark = tree / "executed"
-    (tree / "images" / "a.jpg").write_bytes((tree / "images" / "a.jpg").read_bytes()[:200])
-    np.save(tree / "seeds" / "b.npy", {"keys": Hostile(mark)}, allow_pickle=True)  # type: ignore[arg-type]
-    (tree / "seeds" / "c_2.npy").write_bytes(b"")
-    (tree / "seeds" / "d.npy").unlink()
-    np.savez(tree / "seeds" / "d.npz", wrong=np.array({"x": Hostile(mark)}))
-    local = samples_of(module(tree / "images", tree / "seeds"))
-    root, seeds = (store(tree / name, form, bucket) for name in ("images", "seeds"))
-    found = samples_of(module(root, seeds))
-    assert not mark.exists()
-    names = {"a": "a.jpg", "b": "b.npy", "c_2": "c_2.npy", "d": "d.npz"}
-    for name, file in names.items():
-        sample, expected = found[name], local[name]
-        assert isinstance(sample, FailedSample)
-        assert isinstance(expected, FailedSample)
-        where = root if name == "a" else seeds
-        address = f"{where}{file}" if form == "address" else f"{where} [./deep/er/{file}]"
-        assert sample.error.startswith(address)
-        # What the reader says beside the place is what it says of a local file.
-        said = expected.error.partition(file)[2].partition(":")[2].partition("BytesIO")[0]
-        assert said[:30] in sample.error
-
-
-def test_missing_files_fail_by_name(tree: Path) -> None:
-    seeds = write_tar(tree / "s.tar", [tree / "seeds" / "a.npy"])
-    root = write_tar(tree / "i.tar", sorted((tree / "images").iterdir()))
-    listed = tree / "list.txt"
-    listed.write_text("a\nb\nnone\nsub/other.jpg\n")
-    found = samples_of(module(root, seeds, split=str(listed)))
-    assert isinstance(found["a"], Sample)
-    assert f"{seeds} [b]: no seed file" in found["b"].error  # type: ignore[union-attr]
-    assert f"{root} [none.jpg]: no such file" in found["none"].error  # type: ignore[union-attr]
-    assert f"{root} [sub/other.jpg]: no such" in found["other"].error  # type: ignore[union-attr]
-
-
-def test_what_cannot_be_opened_is_said_before_the_run(tree: Path, bucket: str) -> None:
-    seeds, cut = tree / "seeds", tree / "cut.tar"
-    cut.write_bytes(
-        write_tar(tree / "i.tar", sorted((tree / "images").iterdir())).read_bytes()[:900]
-    )
-    twice = write_tar(tree / "twice-1.tar", [tree / "images" / "a.jpg"])
-    write_tar(tree / "twice-2.tar", [tree / "images" / "a.jpg"])
-    (tree / "images.tar.gz").write_bytes(b"\x1f\x8b")
-    said = {
-        f"{bucket}/none": r"root: memory://bucket/none: no such folder\. Check",
-        f"{bucket}/none.tar": r"root: memory://bucket/none\.tar: no such tar",
-        f"{bucket}/none-*.tar": r"root: no tar is called memory://bucket/none-\*\.tar",
-        str(tree / "none"): r"root: no folder .*none",
-        str(tree / "i-{000..002}.tar"): r"i-000\.tar: no such tar",
-        str(tree / "i-{002..000}.tar"): r"stands for 0 files.*counts up",
-        str(tree / "i-{0..9999999}.tar"): r"stands for \d+ files",
-        str(cut): r"root: .*cut\.tar: cut short.*again",
-        str(tree / "images.tar.gz"): r"images\.tar\.gz is compressed.*Decompress",
-        str(twice).replace("1", "*"): r"image a is there twice, as .*1\.tar.* and .*2\.tar",
-    }
-    for root, message in said.items():
-        with pytest.raises(ConfigurationError, match=message):
-            module(root, seeds).setup()
-    with pytest.raises(ConfigurationError, match=r"seeds: memory://bucket/x\.json.*Copy it here"):
-        module(tree / "images", f"{bucket}/x.json").setup()
-    with pytest.raises(ConfigurationError, match=r"FolderDataModule"):
-        VOCDataModule(bucket, seeds).setup()
 
 
 def test_seeds_of_the_other_data_sets_may_be_elsewhere(voc: Path, bucket: str) -> None:
