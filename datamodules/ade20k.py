@@ -70,7 +70,7 @@ class ADE20KDataModule(SeedDataModule):
     def list_items(self) -> list[Item]:
         """Every image of the split."""
         below = ("ADEChallengeData2016", "ade/ADEChallengeData2016")
-        root = find_root(self.root, below, ["images"])
+        root = find_root(self.local_root, below, ["images"])
         images = first_folder("split", [root / "images" / self.split])
         truth = root / "annotations" / self.split
         ids = ids_in(images, ".jpg")

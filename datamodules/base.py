@@ -9,10 +9,12 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from datamodules.addresses import as_location
 from datamodules.classes import ClassList, read_class_list
 from datamodules.images import Orientation
 from datamodules.items import Item, check_unique, take_shard
 from datamodules.labels import FileLabels, LabelSource, XmlLabels
+from datamodules.places import LocalFolder, Place, open_place
 from datamodules.reading import ItemDataset, ItemReader
 from datamodules.sampling import ProcessSampler, own_part
 from datamodules.seed_files.maps import Dialect, ReadOptions
@@ -29,8 +31,9 @@ class SeedDataModule(LightningDataModule, ABC):
 
     Args:
         root: folder of the data set.
-        seeds: folder of seed files, one per image, or one COCO JSON file. None only where
-            `labels` is given, for models that make seeds: maps are then zero.
+        seeds: folder of seed files, one per image, here or at an address, a tar or a pattern of
+            tars (see `datamodules.places`), or one COCO JSON file. None only where `labels` is
+            given, for models that make seeds: maps are then zero.
         class_names: class list, a file or the name of a bundled one; None takes the data set's.
         labels: image-level labels: `seed` (the seed's own classes), `annotations`, a file
             (see `datamodules.labels`), or `none` for makers that look for every class.
@@ -58,20 +61,46 @@ class SeedDataModule(LightningDataModule, ABC):
         shard: str | None = None,
     ) -> None:
         super().__init__()
-        self.root = Path(root)
-        self.seeds = None if seeds is None else Path(seeds)
+        self.root = as_location(root)
+        self.seeds = None if seeds is None else as_location(seeds)
         self.class_names, self.labels = class_names, labels
         self.dialect, self.seed_options = dialect, seed_options
         self.orientation: Orientation = orientation
         self.batch_size, self.num_workers, self.shard = batch_size, num_workers, shard
         self._excluded: frozenset[str] = frozenset()
         self._listed: tuple[Item, ...] | None = None
+        self._places: dict[str, Place] = {}
         # A resumed run may have fewer images left than processes.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @abstractmethod
     def list_items(self) -> list[Item]:
         """Every item of the split, in order; ConfigurationError names what was looked for."""
+
+    @property
+    def local_root(self) -> Path:
+        """The root as a local folder, for layouts that are looked through.
+
+        Raises:
+            ConfigurationError: it is the address of something else.
+        """
+        if isinstance(self.root, Path):
+            return self.root
+        message = (
+            f"root: {self.root} is no local folder, which {type(self).__name__} needs. Copy the "
+            "data set here, or give its images and seeds to FolderDataModule"
+        )
+        raise ConfigurationError(message)
+
+    def _place(self, argument: str, location: Path | str) -> Place:
+        """Opens a place; what is not a local folder is listed once, images and seeds in one too."""
+        name = str(location)
+        if name not in self._places:
+            place = open_place(argument, location)
+            if isinstance(place, LocalFolder):
+                return place
+            self._places[name] = place
+        return self._places[name]
 
     @property
     def annotations(self) -> Path | None:
@@ -112,7 +141,8 @@ class SeedDataModule(LightningDataModule, ABC):
 
     def _open_seeds(self) -> SeedSource | None:
         if self.seeds is not None:
-            return open_seeds(self.seeds, self.class_list, self.dialect, self.seed_options)
+            options = (self.class_list, self.dialect, self.seed_options)
+            return open_seeds(self.seeds, *options, opener=self._place)
         if self.labels == "seed":
             message = "seeds: None given; give the folder of seed files, or labels to make seeds of"
             raise ConfigurationError(message)

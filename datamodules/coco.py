@@ -81,7 +81,7 @@ class COCODataModule(SeedDataModule):
 
     def list_items(self) -> list[Item]:
         """The images of the split, or those of them that are listed."""
-        places = [self.root / name / self.split for name in ("JPEGImages", "images", "")]
+        places = [self.local_root / name / self.split for name in ("JPEGImages", "images", "")]
         images = first_folder("split", places)
         if self.list_file is not None:
             ids = [line.image_id for line in read_list(Path(self.list_file))]
@@ -99,10 +99,10 @@ class COCODataModule(SeedDataModule):
         if self.truth is not None:
             return first_folder("truth", [self.truth])
         places = [
-            self.root / "SegmentationClass" / self.split,
-            self.root / "annotations" / self.split,
-            self.root / "SegmentationClass",
-            self.root / "coco_seg_anno",
+            self.local_root / "SegmentationClass" / self.split,
+            self.local_root / "annotations" / self.split,
+            self.local_root / "SegmentationClass",
+            self.local_root / "coco_seg_anno",
         ]
         return next((place for place in places if place.is_dir()), None)
 

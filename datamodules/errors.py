@@ -1,11 +1,10 @@
 """One form for every complaint about a file: which file, what is wrong, what to do."""
 
-from pathlib import Path
-
+from datamodules.files import File
 from g4seg_pl.types import BadItemError
 
 
-def bad_item(path: Path | str, problem: str, remedy: str) -> BadItemError:
+def bad_item(path: File | str, problem: str, remedy: str) -> BadItemError:
     """Returns (does not raise) the error of one unusable file.
 
     Args:

@@ -1,25 +1,31 @@
-"""Any folder of images."""
+"""Any folder of images, here or at an address, or tars of them."""
 
 from pathlib import Path
 from typing import Literal
 
+from datamodules.addresses import as_location
 from datamodules.base import SeedDataModule
+from datamodules.files import File
 from datamodules.images import Orientation
-from datamodules.items import IMAGE_SUFFIXES, ImageFolder, Item, read_list
-from datamodules.layout import first_folder
+from datamodules.items import IMAGE_SUFFIXES, Item, read_list
+from datamodules.places import Place
 from datamodules.seed_files.maps import Dialect, ReadOptions
 from g4seg_pl.types import ConfigurationError
 
 
 class FolderDataModule(SeedDataModule):
-    """Images of one folder, seeds of the same names in another, and a class list.
+    """Images of one place, seeds of the same names in another or in the same, and a class list.
+
+    A place is a local folder, the address of a folder (`s3://bucket/images`), a tar, or a pattern
+    of tars (`images-{000..009}.tar`, `memory://images-*.tar`); `datamodules.places` says what ids
+    are. Nothing is copied or unpacked: a file is read when its image is due.
 
     Args:
-        root: folder of images; every picture in it is an item, folders below it are not entered.
-        seeds: folder of seed files named by image id, or one COCO JSON file.
+        root: images; every picture is an item, folders below a folder are not entered.
+        seeds: seed files named by image id, or one local COCO JSON file.
         class_names: class list, one class a line.
         split: a list file to take only some images; None takes all.
-        truth: folder of label images `<id>.png`, 0 the background and 255 ignored; optional.
+        truth: place of label images `<id>.png`, 0 the background and 255 ignored; optional.
         labels: `seed` or a file of image-level labels.
         dialect: dialect of the seed files; `auto` detects it.
         seed_options: what the seed files do not say themselves.
@@ -56,24 +62,27 @@ class FolderDataModule(SeedDataModule):
             num_workers,
             shard,
         )
-        self.split, self.truth = split, None if truth is None else Path(truth)
+        self.split = split
+        self.truth = None if truth is None else as_location(truth)
 
     def list_items(self) -> list[Item]:
-        """The pictures in the folder, by name, or those of the list file."""
-        folder = first_folder("root", [self.root])
-        truth = None if self.truth is None else first_folder("truth", [self.truth])
-        if self.split is not None:
-            lines, find = read_list(Path(self.split)), ImageFolder(folder).find
-            images = [
-                (line.image_id, folder / line.image)
-                if line.image
-                else (line.image_id, find(line.image_id))
-                for line in lines
-            ]
-        else:
-            paths = sorted(folder.iterdir())
-            images = [(path.stem, path) for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        """The pictures of the place in its order, or those of the list file."""
+        place = self._place("root", self.root)
+        truth = None if self.truth is None else self._place("truth", self.truth)
+        split = self.split
+        images = place.listed(IMAGE_SUFFIXES) if split is None else self._chosen(place, split)
         if not images:
-            message = f"root: no image ({', '.join(IMAGE_SUFFIXES)}) in {folder}"
+            message = f"root: no image ({', '.join(IMAGE_SUFFIXES)}) in {self.root}"
             raise ConfigurationError(message)
-        return [Item(name, path, truth and truth / f"{name}.png") for name, path in images]
+        return [
+            Item(name, file, None if truth is None else truth.at(f"{name}.png"))
+            for name, file in images
+        ]
+
+    @staticmethod
+    def _chosen(place: Place, split: str) -> list[tuple[str, File]]:
+        """The images of a list file, whether they are there or not."""
+        return [
+            (line.image_id, place.at(line.image) if line.image else place.picture(line.image_id))
+            for line in read_list(Path(split))
+        ]

@@ -10,7 +10,6 @@ of `check_size` says so.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from datamodules.errors import bad_item
+from datamodules.files import File, openable
 
 Orientation = Literal["stored", "exif"]
 
@@ -27,7 +27,7 @@ _SIXTEEN_BIT = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: File) -> Iterator[Image.Image]:
     """Opens a picture; every way in which decoding fails becomes one error that names it."""
     try:
         with warnings.catch_warnings():
@@ -35,7 +35,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             # (odd EXIF bytes) concern nothing that is read here.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(openable(path)) as image:
                 yield image
     except FileNotFoundError as error:
         raise bad_item(path, "no such file", "Check the id and the folder") from error
@@ -47,7 +47,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise bad_item(path, problem, "Get the file again, or leave it out") from error
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, path: File) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         return _from_sixteen_bit(image, path)
     if image.mode in _TRANSPARENT or "transparency" in image.info:
@@ -60,7 +60,7 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     raise bad_item(path, f"pixels of mode {image.mode}", "Convert the picture to 8-bit RGB")
 
 
-def _from_sixteen_bit(image: Image.Image, path: Path) -> Image.Image:
+def _from_sixteen_bit(image: Image.Image, path: File) -> Image.Image:
     """8-bit grey from 16-bit grey; Pillow's own conversion would clip at 255."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 2**16 - 1:
@@ -70,7 +70,7 @@ def _from_sixteen_bit(image: Image.Image, path: Path) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def read_image(path: Path, orientation: Orientation = "stored") -> NDArray[np.uint8]:
+def read_image(path: File, orientation: Orientation = "stored") -> NDArray[np.uint8]:
     """Reads a picture as uint8 RGB ``(H, W, 3)``.
 
     Greyscale is repeated, CMYK converted, 16-bit scaled to 8, transparency laid onto white.
@@ -88,7 +88,7 @@ def read_image(path: Path, orientation: Orientation = "stored") -> NDArray[np.ui
         return np.array(_to_rgb(turned, path))
 
 
-def read_label(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def read_label(path: File) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Reads a label image ``(H, W)`` by index: mode P or L as uint8, mode I;16 as uint16.
 
     Raises:
@@ -103,7 +103,7 @@ def read_label(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
         return np.array(image)
 
 
-def header_size(path: Path, orientation: Orientation = "stored") -> tuple[int, int]:
+def header_size(path: File, orientation: Orientation = "stored") -> tuple[int, int]:
     """Height and width from the header alone.
 
     Raises:
@@ -116,7 +116,7 @@ def header_size(path: Path, orientation: Orientation = "stored") -> tuple[int, i
 
 
 def check_size(
-    path: Path, what: str, found: tuple[int, int], image: tuple[int, int], remedy: str
+    path: File, what: str, found: tuple[int, int], image: tuple[int, int], remedy: str
 ) -> None:
     """Checks that a mask has the height and width of its image.
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from datamodules.files import File
 from g4seg_pl.types import BadItemError, ConfigurationError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -22,8 +23,8 @@ class Item:
     """
 
     image_id: str
-    image: Path
-    truth: Path | None = None
+    image: File
+    truth: File | None = None
 
 
 @dataclass(frozen=True)

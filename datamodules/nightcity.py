@@ -72,7 +72,7 @@ class NightCityDataModule(SeedDataModule):
     def list_items(self) -> list[Item]:
         """Every image of the split."""
         below = ("nightcity-fine", "data/nightcity-fine")
-        folder = find_root(self.root, below, [f"{self.split}/img"]) / self.split
+        folder = find_root(self.local_root, below, [f"{self.split}/img"]) / self.split
         ids = ids_in(folder / "img", ".png")
         if not ids:
             message = f"split: no .png in {folder / 'img'}"

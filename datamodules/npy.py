@@ -1,5 +1,6 @@
 """Reading `.npy` and `.npz` files, checked before any memory is allocated for them."""
 
+import io
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from datamodules.errors import bad_item
+from datamodules.files import File, openable
 from datamodules.unpickle import REMEDY, unpickle
 
 MAX_ARRAY_BYTES = 2**31
@@ -26,7 +28,7 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.
     raise ValueError(message)
 
 
-def _read_stream(stream: IO[bytes], size: int, name: Path | str) -> object:
+def _read_stream(stream: IO[bytes], size: int, name: File | str) -> object:
     """One npy file of `size` bytes."""
     try:
         shape, fortran, dtype = _read_header(stream)
@@ -44,7 +46,7 @@ def _read_stream(stream: IO[bytes], size: int, name: Path | str) -> object:
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
-def read_npy(path: Path) -> object:
+def read_npy(path: File) -> object:
     """Reads a `.npy` file safely: an array, or the one object that `np.save` wrapped.
 
     Args:
@@ -53,6 +55,9 @@ def read_npy(path: Path) -> object:
     Raises:
         BadItemError: not a npy file, cut short, or its pickle holds anything but data.
     """
+    if not isinstance(path, Path):
+        content = path.read_bytes()
+        return _read_stream(io.BytesIO(content), len(content), path)
     try:
         with path.open("rb") as stream:
             return _read_stream(stream, path.stat().st_size, path)
@@ -60,7 +65,7 @@ def read_npy(path: Path) -> object:
         raise bad_item(path, f"cannot be opened: {error.strerror}", "Check the path") from error
 
 
-def _members(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, object]]:
+def _members(path: File, archive: zipfile.ZipFile) -> Iterator[tuple[str, object]]:
     for info in archive.infolist():
         if info.file_size > MAX_ARRAY_BYTES:
             problem = f"{info.filename} claims {info.file_size} bytes"
@@ -70,7 +75,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, object
         yield info.filename.removesuffix(".npy"), content
 
 
-def read_npz(path: Path) -> dict[str, object]:
+def read_npz(path: File) -> dict[str, object]:
     """Reads a `.npz` archive safely: its arrays by name.
 
     Args:
@@ -79,8 +84,9 @@ def read_npz(path: Path) -> dict[str, object]:
     Raises:
         BadItemError: as `read_npy`, or not a zip archive.
     """
+    stream = openable(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(stream) as archive:
             return dict(_members(path, archive))
     except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise bad_item(path, f"no readable npz archive: {error}", "Write it again") from error

@@ -30,8 +30,8 @@ class PseudoLabelDataModule(LightningDataModule):
 
     Args:
         images: the data set whose split is trained on; its seeds are not needed.
-        labels: the folder that `g4seg predict` wrote, or a folder of `<id>.png`; None trains on
-            the ground truth.
+        labels: the folder that `g4seg predict` wrote, with files or tars in it, or a folder of
+            `<id>.png`; None trains on the ground truth.
         val: split of the same data set to validate on, or a data set of its own; None has none.
         test: the same for test and predict; None takes what `val` says.
         soft: also read the soft maps, which some losses need.

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from datamodules.classes import ClassList
 from datamodules.errors import bad_item
+from datamodules.files import File
 from datamodules.images import Orientation, check_size, header_size, read_image
 from datamodules.items import Item, check_id
 from datamodules.labels import LabelSource
@@ -54,7 +55,7 @@ class ItemReader:
             seed=seed,
             class_names=tuple(self.classes.prompt(class_id) for class_id in seed.class_ids),
             truth=self._truth(item, size) if with_truth else None,
-            image_path=item.image,
+            image_path=item.image if isinstance(item.image, Path) else None,
         )
 
     def _seed(self, item: Item, size: tuple[int, int], labels: tuple[int, ...] | None) -> Seed:
@@ -72,7 +73,7 @@ class ItemReader:
         return torch.from_numpy(values)
 
     @staticmethod
-    def _truth_path(item: Item) -> Path:
+    def _truth_path(item: Item) -> File:
         if item.truth is None:
             remedy = "Use predict, or give the folder of ground truth"
             raise bad_item(item.image_id, "no ground truth for this image", remedy)

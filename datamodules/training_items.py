@@ -3,7 +3,6 @@
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 
 from datamodules.classes import ClassList
 from datamodules.errors import bad_item
+from datamodules.files import File, openable
 from datamodules.images import Orientation, check_size, read_image
 from datamodules.items import Item
 from datamodules.seed_files.reading import read_seed
@@ -59,7 +59,7 @@ class MaskReader:
         """The mask to train on, label values ``(H, W)``; BadItemError if it cannot be used."""
         if self.folder is None:
             return self.ground_truth(item, size)
-        path = self.folder.mask_path(item.image_id)
+        path = self.folder.mask_file(item.image_id)
         return self._labels(path, "mask", size, TruthOptions())
 
     def distribution(
@@ -72,7 +72,7 @@ class MaskReader:
         """
         if not self.soft or self.folder is None:
             return None
-        path = self.folder.soft_path(item.image_id)
+        path = self.folder.soft_file(item.image_id)
         if path is None:
             remedy = "Predict with --writer.soft npz, or set soft to false"
             raise bad_item(item.image_id, "no soft map of this image", remedy)
@@ -80,7 +80,7 @@ class MaskReader:
         return seed.class_ids, class_distribution(seed.scores, reading_of(self.folder.record))
 
     def _labels(
-        self, path: Path, what: str, size: tuple[int, int], options: TruthOptions
+        self, path: File, what: str, size: tuple[int, int], options: TruthOptions
     ) -> NDArray[np.uint8]:
         values = read_truth(path, len(self.classes), options)
         remedy = "Take masks and pictures of one data set"
@@ -88,7 +88,7 @@ class MaskReader:
         return values
 
 
-def read_soft(path: Path, size: tuple[int, int], classes: int) -> Seed:
+def read_soft(path: File, size: tuple[int, int], classes: int) -> Seed:
     """Reads the soft maps that the writer of refined masks left.
 
     Args:
@@ -102,7 +102,7 @@ def read_soft(path: Path, size: tuple[int, int], classes: int) -> Seed:
     if path.suffix != ".npz":
         return read_seed(path, size, classes)
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with np.load(openable(path), allow_pickle=False) as content:
             maps, ids = content["foreground"], content["class_ids"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise bad_item(path, f"no soft maps: {error}", "Predict this image again") from error

@@ -1,12 +1,12 @@
 """Ground truth from label images, whatever the data set's numbering."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
+from datamodules.files import File
 from datamodules.images import read_label
 from datamodules.seed_files.maps import COCO_CATEGORY_IDS, CategoryIds
 from g4seg_pl.types import IGNORE_INDEX
@@ -40,7 +40,7 @@ def _table(options: TruthOptions) -> NDArray[np.int64]:
     return table
 
 
-def read_truth(path: Path, classes: int, options: TruthOptions) -> NDArray[np.uint8]:
+def read_truth(path: File, classes: int, options: TruthOptions) -> NDArray[np.uint8]:
     """Reads ground truth as label values ``(H, W)``: 0 background, 255 ignored.
 
     Args:

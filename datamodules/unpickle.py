@@ -12,13 +12,13 @@ import pickle
 import pickletools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
+from datamodules.files import File
 
 if TYPE_CHECKING:
     from torch.storage import TypedStorage
@@ -248,7 +248,7 @@ def _key(key: object) -> object:
     raise pickle.UnpicklingError(message)
 
 
-def unpickle(data: bytes, name: Path | str) -> object:
+def unpickle(data: bytes, name: File | str) -> object:
     """Unpickles arrays, torch tensors, numbers, text and plain containers, and nothing else.
 
     Args:

@@ -72,7 +72,7 @@ class VOCDataModule(SeedDataModule):
     @property
     def voc(self) -> Path:
         """The folder that has JPEGImages."""
-        return find_root(self.root, self.places, ["JPEGImages"])
+        return find_root(self.local_root, self.places, ["JPEGImages"])
 
     @property
     def annotations(self) -> Path:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
+
+from g4seg_pl.callbacks.tar_samples import id_of
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "refine" / "voc_clip_es.yaml"
@@ -24,6 +27,24 @@ def environment() -> dict[str, str]:
 def masks(out: Path) -> dict[str, bytes]:
     """The label files by name."""
     return {path.name: path.read_bytes() for path in sorted((out / "masks").glob("*.png"))}
+
+
+def tar_masks(out: Path) -> dict[str, bytes]:
+    """The label files in all tars by the names they have in the folder form, each once."""
+    found: dict[str, bytes] = {}
+    for path in sorted((out / "masks").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                name = f"{id_of(key)}.{suffix}"
+                assert name not in found
+                stream = tar.extractfile(member)
+                assert stream is not None
+                found[name] = stream.read()
+    ids = [json.loads(content)["id"] for name, content in found.items() if name.endswith("json")]
+    labels = {name: content for name, content in found.items() if name.endswith(".png")}
+    assert sorted(f"{image_id}.png" for image_id in ids) == sorted(labels)
+    return labels
 
 
 def records(out: Path) -> list[dict[str, Any]]:

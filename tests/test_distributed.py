@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command_line import environment, masks, records, scores, words
+from command_line import environment, masks, records, scores, tar_masks, words
 from fake_voc import write_voc
 
 from g4seg_pl.callbacks.processes import ProcessFiles
@@ -71,6 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> Runs:
         words("predict", sd1_folder, "two", *two),
         words("predict", sd1_folder, "few", *two),
         words("predict", sd1_folder, "few", *two),
+        words("predict", sd1_folder, "tars", *two, "--writer.tar", "100"),
         words("test", sd1_folder, "two_scores", *two),
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -103,7 +104,16 @@ def test_fewer_images_left_than_processes_are_done_all_the_same(runs: Runs) -> N
 @pytest.mark.slow
 def test_no_image_left_is_said_and_is_no_error(runs: Runs) -> None:
     assert "nothing left to do: every image is finished" in runs.said[0]
-    assert [said.count("status 0") for said in runs.said] == [4, 4]
+    assert [said.count("status 0") for said in runs.said] == [5, 5]
+
+
+@pytest.mark.slow
+def test_each_process_fills_tars_of_its_own(runs: Runs) -> None:
+    assert tar_masks(runs.root / "tars") == masks(runs.root / "one")
+    found = {path.name for path in (runs.root / "tars" / "masks").iterdir()}
+    assert found == {
+        f"rank{rank}-000000.{suffix}" for rank in (0, 1) for suffix in ("tar", "jsonl")
+    }
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from fake_voc import IDS, write_voc
 
 from datamodules import VOCDataModule
-from g4seg_pl.callbacks.output_folder import read_records
+from g4seg_pl.callbacks.records import read_records
 from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.confidence import Averaged

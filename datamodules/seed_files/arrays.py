@@ -5,13 +5,13 @@ dialect `npz` writes, and `image_size: (H, W)` where the maps are stored smaller
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
+from datamodules.files import File
 from datamodules.seed_files.maps import Activation, Dialect, ReadOptions, SeedMaps, as_ids, as_maps
 
 
@@ -20,7 +20,7 @@ def matches(content: Mapping[object, object]) -> bool:
     return "class_ids" in content and "foreground" in content
 
 
-def read_named(content: Mapping[object, object], path: Path) -> SeedMaps:
+def read_named(content: Mapping[object, object], path: File) -> SeedMaps:
     """Reads an archive with `class_ids` and `foreground`."""
     ids = as_ids(content["class_ids"], path, "class_ids", first=1)
     maps = as_maps(content["foreground"], path, "foreground")
@@ -61,7 +61,7 @@ def _activate(maps: NDArray[np.floating[Any]], activation: Activation) -> NDArra
 
 def read(
     content: object,
-    path: Path,
+    path: File,
     classes: int,
     labels: tuple[int, ...] | None,
     options: ReadOptions,

@@ -1,12 +1,12 @@
 """CLIP-ES (linyq2117/CLIP-ES): `{keys: 0-based ids, attn_highres: float16 (K, H, W)}`."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.files import File
 from datamodules.seed_files.maps import SeedMaps, as_ids, as_maps
 
 FIELDS = ("attn_highres", "highres")
@@ -17,7 +17,7 @@ def matches(content: Mapping[object, object]) -> bool:
     return "keys" in content and any(field in content for field in FIELDS)
 
 
-def read(content: Mapping[object, object], path: Path) -> SeedMaps:
+def read(content: Mapping[object, object], path: File) -> SeedMaps:
     """Reads the dictionary; the refined map is taken where both maps are there."""
     field = next(field for field in FIELDS if field in content)
     return SeedMaps(

@@ -1,27 +1,28 @@
 """DiffSegmenter (VCG-team/DiffSegmenter): `.mat` with `{str(0-based id): (H, W) in 0-255}`."""
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
+from datamodules.files import File, openable
 from datamodules.seed_files.maps import SeedMaps, as_array, as_maps
 
 
-def _load(path: Path) -> dict[str, object]:
+def _load(path: File) -> dict[str, object]:
+    stream = openable(path)
     try:
         # Imported here: most runs never see a .mat file.
         loadmat = import_module("scipy.io").loadmat
-        content: dict[str, object] = loadmat(path)
+        content: dict[str, object] = loadmat(stream)
     except Exception as error:  # SciPy's parser raises whatever the damage leads to
         raise bad_item(path, f"no readable .mat file: {error}", "Write it again") from error
     return {name: value for name, value in content.items() if not name.startswith("__")}
 
 
-def read(path: Path) -> SeedMaps:
+def read(path: File) -> SeedMaps:
     """Reads the maps and divides them by 255.
 
     Raises:

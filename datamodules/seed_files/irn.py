@@ -4,12 +4,12 @@ ToCo leaves `cam` out; IRN writes `keys` and `cam` as torch tensors.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.files import File
 from datamodules.seed_files.maps import SeedMaps, as_ids, as_maps
 
 STRIDE = 4
@@ -20,7 +20,7 @@ def matches(content: Mapping[object, object]) -> bool:
     return "keys" in content and ("high_res" in content or "cam" in content)
 
 
-def read(content: Mapping[object, object], path: Path) -> SeedMaps:
+def read(content: Mapping[object, object], path: File) -> SeedMaps:
     """Reads the dictionary; the small `cam` is used only where there is no `high_res`."""
     small = "high_res" not in content
     field = "cam" if small else "high_res"

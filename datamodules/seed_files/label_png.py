@@ -4,7 +4,6 @@ Decoded by index, never by colour: palettes of the field repeat colours. Data se
 classes (PASCAL Context's 459) use 16 bits, where 65535 is ignored and 255 is a class.
 """
 
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datamodules.errors import bad_item
+from datamodules.files import File
 from datamodules.images import read_label
 from datamodules.seed_files.maps import ReadOptions, SeedMaps
 from g4seg_pl.types import IGNORE_INDEX
@@ -31,7 +31,7 @@ def palette() -> list[int]:
 IGNORE_16 = 65535
 
 
-def read(path: Path, classes: int, options: ReadOptions) -> SeedMaps:
+def read(path: File, classes: int, options: ReadOptions) -> SeedMaps:
     """Reads a label image as one map per class: 1 on its pixels, 0 elsewhere.
 
     Args:

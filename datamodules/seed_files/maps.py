@@ -2,13 +2,13 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
+from datamodules.files import File
 from g4seg_pl.types import BadItemError
 
 Dialect = Literal[
@@ -69,7 +69,7 @@ class SeedMaps:
     resizable: bool = False
 
 
-def as_array(value: object, path: Path, field: str) -> NDArray[Any]:
+def as_array(value: object, path: File, field: str) -> NDArray[Any]:
     """A field of a file as an array of numbers, or an error that names both."""
     try:
         array = np.asarray(value)
@@ -81,7 +81,7 @@ def as_array(value: object, path: Path, field: str) -> NDArray[Any]:
     raise bad_item(path, problem, "Write the seed of this image again")
 
 
-def as_maps(value: object, path: Path, field: str) -> NDArray[np.floating[Any]]:
+def as_maps(value: object, path: File, field: str) -> NDArray[np.floating[Any]]:
     """A field as maps ``(K, h, w)`` of finite floating-point numbers."""
     array = as_array(value, path, field)
     if array.ndim != 3:
@@ -96,7 +96,7 @@ def as_maps(value: object, path: Path, field: str) -> NDArray[np.floating[Any]]:
     return cast("NDArray[np.floating[Any]]", array)
 
 
-def as_ids(value: object, path: Path, field: str, first: int) -> tuple[int, ...]:
+def as_ids(value: object, path: File, field: str, first: int) -> tuple[int, ...]:
     """A field as label values, from ids that start at `first` for the first class.
 
     Args:
@@ -111,7 +111,7 @@ def as_ids(value: object, path: Path, field: str, first: int) -> tuple[int, ...]
     return tuple(int(number) - first + 1 for number in array)
 
 
-def to_contiguous(class_ids: tuple[int, ...], path: Path) -> tuple[int, ...]:
+def to_contiguous(class_ids: tuple[int, ...], path: File) -> tuple[int, ...]:
     """Label values 1 to 80 for COCO category ids 1 to 90."""
     unknown = [number for number in class_ids if number not in COCO_CATEGORY_IDS]
     if unknown:
@@ -120,7 +120,7 @@ def to_contiguous(class_ids: tuple[int, ...], path: Path) -> tuple[int, ...]:
     return tuple(COCO_CATEGORY_IDS.index(number) + 1 for number in class_ids)
 
 
-def check_classes(maps: SeedMaps, path: Path, classes: int) -> None:
+def check_classes(maps: SeedMaps, path: File, classes: int) -> None:
     """Checks number, range and uniqueness of the class ids.
 
     Raises:
@@ -139,7 +139,7 @@ def check_classes(maps: SeedMaps, path: Path, classes: int) -> None:
         raise bad_item(path, f"a class twice in {ids}", "Keep one map per class")
 
 
-def _unknown(path: Path, unknown: Collection[int], classes: int) -> BadItemError:
+def _unknown(path: File, unknown: Collection[int], classes: int) -> BadItemError:
     problem = f"label values {list(unknown)} are outside 1 to {classes}, the classes of the list"
     remedy = (
         "Check class_names; labels written with an offset need label_offset, COCO's category ids "
@@ -148,7 +148,7 @@ def _unknown(path: Path, unknown: Collection[int], classes: int) -> BadItemError
     return bad_item(path, problem, remedy)
 
 
-def check_scores(maps: SeedMaps, path: Path) -> None:
+def check_scores(maps: SeedMaps, path: File) -> None:
     """Checks that scores are probabilities and that no map is empty.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from datamodules.errors import bad_item
+from datamodules.files import File
 from datamodules.images import check_size
 from datamodules.npy import read_npy, read_npz
 from datamodules.seed_files import arrays, clip_es, diffsegmenter_mat, irn, label_png, seam
@@ -26,7 +26,7 @@ from g4seg_pl.types import Seed
 SUFFIXES = (".npy", ".npz", ".png", ".mat")
 
 
-def _load(path: Path) -> object:
+def _load(path: File) -> object:
     """The content of a NumPy file; None for the other formats."""
     match path.suffix:
         case ".npy":
@@ -52,7 +52,7 @@ def _candidates(content: Mapping[object, object]) -> list[Dialect]:
     return [dialect for dialect, found in tests.items() if found]
 
 
-def _detect(content: object, path: Path) -> Dialect:
+def _detect(content: object, path: File) -> Dialect:
     if path.suffix in (".png", ".mat"):
         return "png" if path.suffix == ".png" else "mat"
     if not isinstance(content, Mapping):
@@ -68,7 +68,7 @@ def _detect(content: object, path: Path) -> Dialect:
     return found[0]
 
 
-def detect(path: Path) -> Dialect:
+def detect(path: File) -> Dialect:
     """The dialect of a seed file, from its suffix and content.
 
     Raises:
@@ -77,7 +77,7 @@ def detect(path: Path) -> Dialect:
     return _detect(_load(path), path)
 
 
-def _fields(content: object, path: Path, dialect: Dialect) -> Mapping[object, object]:
+def _fields(content: object, path: File, dialect: Dialect) -> Mapping[object, object]:
     """The dictionary that a dialect needs; BadItemError if the file holds something else."""
     expected = "seam" if dialect == "seam_crf" else dialect
     if isinstance(content, Mapping) and expected in _candidates(content):
@@ -87,7 +87,7 @@ def _fields(content: object, path: Path, dialect: Dialect) -> Mapping[object, ob
 
 
 def read_maps(
-    path: Path,
+    path: File,
     classes: int,
     dialect: Dialect | Literal["auto"] = "auto",
     labels: tuple[int, ...] | None = None,
@@ -118,13 +118,13 @@ def read_maps(
 
 def _read(
     content: object,
-    path: Path,
+    path: File,
     dialect: Dialect,
     classes: int,
     labels: tuple[int, ...] | None,
     options: ReadOptions,
 ) -> SeedMaps:
-    if path.suffix not in _suffixes(dialect):
+    if path.suffix not in suffixes_of(dialect):
         problem = f"a {path.suffix} file where dialect={dialect} was asked for"
         raise bad_item(path, problem, "Set dialect=auto, or point seeds to the right folder")
     if dialect == "mat":
@@ -136,7 +136,7 @@ def _read(
     return _read_fields(_fields(content, path, dialect), path, dialect)
 
 
-def _read_fields(content: Mapping[object, object], path: Path, dialect: Dialect) -> SeedMaps:
+def _read_fields(content: Mapping[object, object], path: File, dialect: Dialect) -> SeedMaps:
     match dialect:
         case "clip_es":
             return clip_es.read(content, path)
@@ -150,7 +150,8 @@ def _read_fields(content: Mapping[object, object], path: Path, dialect: Dialect)
             return arrays.read_named(content, path)
 
 
-def _suffixes(dialect: Dialect) -> tuple[str, ...]:
+def suffixes_of(dialect: Dialect) -> tuple[str, ...]:
+    """The suffixes of files that can be of a dialect."""
     match dialect:
         case "png" | "mat" | "npy" | "npz":
             return (f".{dialect}",)
@@ -160,7 +161,7 @@ def _suffixes(dialect: Dialect) -> tuple[str, ...]:
             return (".npy", ".npz")
 
 
-def select(maps: SeedMaps, labels: tuple[int, ...] | None, path: Path) -> SeedMaps:
+def select(maps: SeedMaps, labels: tuple[int, ...] | None, path: File) -> SeedMaps:
     """Keeps the classes that are labelled in the image; all of them without labels.
 
     A labelled class that the seed lacks stays absent, as it is in masks made by an argmax.
@@ -178,7 +179,7 @@ def select(maps: SeedMaps, labels: tuple[int, ...] | None, path: Path) -> SeedMa
     return replace(maps, class_ids=ids, maps=maps.maps[kept])
 
 
-def to_seed(maps: SeedMaps, size: tuple[int, int], path: Path) -> Seed:
+def to_seed(maps: SeedMaps, size: tuple[int, int], path: File) -> Seed:
     """Checks maps against their image and makes a `Seed` of its size.
 
     Args:
@@ -200,7 +201,7 @@ def to_seed(maps: SeedMaps, size: tuple[int, int], path: Path) -> Seed:
 
 
 def read_seed(
-    path: Path,
+    path: File,
     size: tuple[int, int],
     classes: int,
     dialect: Dialect | Literal["auto"] = "auto",

@@ -6,13 +6,13 @@ label values as keys (`weaktr`, OnlineRetraining/segm/eval/make_crf.py).
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
+from datamodules.files import File
 from datamodules.seed_files.maps import SeedMaps, as_array, as_ids, as_maps
 
 MAPS_REACH = 0.99
@@ -29,7 +29,7 @@ def matches_weaktr(content: Mapping[object, object]) -> bool:
     return "keys" in content and "prob" in content
 
 
-def _stack(content: Mapping[object, object], path: Path) -> NDArray[np.floating[Any]]:
+def _stack(content: Mapping[object, object], path: File) -> NDArray[np.floating[Any]]:
     arrays = [as_array(value, path, f"entry {key}") for key, value in content.items()]
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
@@ -37,7 +37,7 @@ def _stack(content: Mapping[object, object], path: Path) -> NDArray[np.floating[
     return as_maps(np.stack(arrays) if arrays else np.empty((0, 1, 1)), path, "the stacked maps")
 
 
-def has_background(content: Mapping[object, object], path: Path) -> bool:
+def has_background(content: Mapping[object, object], path: File) -> bool:
     """Whether entry 0 is the background; decided by the values, since ids alone do not tell.
 
     After dCRF all entries together sum to one at every pixel; activation maps each reach one.
@@ -58,7 +58,7 @@ def has_background(content: Mapping[object, object], path: Path) -> bool:
     raise bad_item(path, problem, "Say which by dialect=seam_crf or dialect=seam")
 
 
-def read(content: Mapping[object, object], path: Path, *, background: bool) -> SeedMaps:
+def read(content: Mapping[object, object], path: File, *, background: bool) -> SeedMaps:
     """Reads the dictionary.
 
     Args:
@@ -71,7 +71,7 @@ def read(content: Mapping[object, object], path: Path, *, background: bool) -> S
     return SeedMaps("seam_crf" if background else "seam", ids, _stack(kept, path))
 
 
-def read_weaktr(content: Mapping[object, object], path: Path) -> SeedMaps:
+def read_weaktr(content: Mapping[object, object], path: File) -> SeedMaps:
     """Reads WeakTr's second phase; the map with key 0, the background, is left out."""
     ids = as_ids(content["keys"], path, "keys", first=1)
     maps = as_maps(content["prob"], path, "prob")

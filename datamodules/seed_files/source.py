@@ -1,15 +1,18 @@
-"""Where the seeds of a data set come from: a folder of files, or one COCO JSON file."""
+"""Where the seeds of a data set come from: files in a folder or in tars, or one COCO JSON file."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal, Protocol
 
+from datamodules.addresses import as_location
 from datamodules.classes import ClassList
 from datamodules.errors import bad_item
+from datamodules.files import File
+from datamodules.places import Place, open_place
 from datamodules.seed_files.coco import CocoFile
 from datamodules.seed_files.maps import Dialect, ReadOptions, SeedMaps, check_classes
-from datamodules.seed_files.reading import SUFFIXES, detect, read_maps, select, to_seed
+from datamodules.seed_files.reading import SUFFIXES, detect, read_maps, select, suffixes_of, to_seed
 from g4seg_pl.types import ConfigurationError, Seed
 
 
@@ -39,55 +42,52 @@ class SeedSource(Protocol):
 
 
 class SeedFolder:
-    """Seed files named by image id in one folder.
+    """Seed files named by image id in one place.
 
     Args:
-        folder: the folder.
+        place: a folder, here or at an address, or tars.
         classes: the class list of the data set.
         dialect: forces one; `auto` detects it file by file.
         options: what the files do not say themselves.
-
-    Raises:
-        ConfigurationError: there is no such folder.
     """
 
     def __init__(
         self,
-        folder: Path,
+        place: Place,
         classes: ClassList,
         dialect: Dialect | Literal["auto"] = "auto",
         options: ReadOptions | None = None,
     ) -> None:
-        if not folder.is_dir():
-            message = f"seeds: no folder {folder}; give the folder with one seed file per image"
-            raise ConfigurationError(message)
-        self._folder, self._classes = folder, classes
+        self._place, self._classes = place, classes
         self._dialect, self._options = dialect, options or ReadOptions()
         self.seen: Counter[Dialect] = Counter()
 
-    def path(self, image_id: str) -> Path:
+    def path(self, image_id: str) -> File:
         """The seed file of an image.
 
         Raises:
-            BadItemError: there is none, or more than one.
+            BadItemError: there is none, or more than one that can be of the dialect.
         """
-        names = [self._folder / f"{image_id}{suffix}" for suffix in SUFFIXES]
-        found = [path for path in names if path.is_file()]
+        found = self._place.find(image_id, SUFFIXES)
+        if len(found) > 1 and self._dialect != "auto":
+            suffixes = suffixes_of(self._dialect)
+            found = [path for path in found if path.suffix in suffixes]
         if len(found) == 1:
             return found[0]
         if found:
             problem = f"several seeds: {', '.join(path.name for path in found)}"
-            raise bad_item(self._folder / image_id, problem, "Keep one of them in the folder")
+            remedy = "Keep one of them, or set dialect to that of the one that is meant"
+            raise bad_item(self._place.where(image_id), problem, remedy)
         remedy = "Make its seed, or leave the image out of the list"
         problem = f"no seed file (looked for {', '.join(SUFFIXES)})"
-        raise bad_item(self._folder / image_id, problem, remedy)
+        raise bad_item(self._place.where(image_id), problem, remedy)
 
     def read(self, image_id: str, size: tuple[int, int], labels: tuple[int, ...] | None) -> Seed:
         """The seed of an image of height and width `size`; BadItemError if it cannot be used."""
         path = self.path(image_id)
         return to_seed(select(self._maps(path, labels), labels, path), size, path)
 
-    def _maps(self, path: Path, labels: tuple[int, ...] | None) -> SeedMaps:
+    def _maps(self, path: File, labels: tuple[int, ...] | None) -> SeedMaps:
         maps = read_maps(path, len(self._classes), self._dialect, labels, self._options)
         self.seen[maps.dialect] += 1
         return maps
@@ -107,15 +107,15 @@ class SeedFolder:
         return to_seed(select(maps, labels, path), size, path)
 
     def check(self, image_id: str) -> None:
-        """Raises BadItemError if an image has no seed file, an empty one, or several."""
+        """Raises BadItemError if an image has no seed file, several, or an empty local one."""
         path = self.path(image_id)
-        if path.stat().st_size == 0:
+        if isinstance(path, Path) and path.stat().st_size == 0:
             raise bad_item(path, "an empty file", "Make the seed of this image again")
 
     def names(self, images: Collection[str] = ()) -> list[str]:
         """Names, without suffix, of the seed files; those of `images` play no part."""
         del images
-        return sorted({path.stem for path in self._folder.iterdir() if path.suffix in SUFFIXES})
+        return sorted({name for name, _ in self._place.listed(SUFFIXES)})
 
     def dialect_of(self, image_id: str) -> Dialect:
         """The dialect that is forced, or that of the file; BadItemError if it cannot be told."""
@@ -162,16 +162,28 @@ class CocoSeeds:
 
 
 def open_seeds(
-    path: Path,
+    location: Path | str,
     classes: ClassList,
     dialect: Dialect | Literal["auto"] = "auto",
     options: ReadOptions | None = None,
+    opener: Callable[[str, Path | str], Place] = open_place,
 ) -> SeedSource:
-    """Opens a folder of seed files, or a COCO JSON file.
+    """Opens a folder of seed files, tars of them, or a COCO JSON file.
+
+    Args:
+        location: as `open_place` takes it, or a local JSON file.
+        classes: the class list of the data set.
+        dialect: forces one; `auto` detects it.
+        options: what the files do not say themselves.
+        opener: opens the place; one that keeps what it has listed, for instance.
 
     Raises:
-        ConfigurationError: there is neither at `path`.
+        ConfigurationError: there is nothing of that kind.
     """
-    if path.suffix == ".json" and path.is_file():
+    path = as_location(location)
+    if isinstance(path, Path) and path.suffix == ".json" and path.is_file():
         return CocoSeeds(path, classes, options)
-    return SeedFolder(path, classes, dialect, options)
+    if isinstance(path, str) and path.endswith(".json"):
+        message = f"seeds: {path} is read as a whole at the start. Copy it here, and give its path"
+        raise ConfigurationError(message)
+    return SeedFolder(opener("seeds", path), classes, dialect, options)

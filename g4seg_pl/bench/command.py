@@ -22,6 +22,7 @@ PARTS = {
     "waiting": "g4seg_pl.bench.waiting:waiting",
     "steps": "g4seg_pl.bench.steps:steps",
     "processes": "g4seg_pl.bench.processes:processes",
+    "memory": "g4seg_pl.bench.memory:memory",
     "contest": "g4seg_pl.bench.contest:contest",
 }
 """Parts of the benchmark by name; each yields rows, later ones in place of earlier ones."""
@@ -33,6 +34,7 @@ COMMANDS = {
 }
 
 FEWEST_IMAGES = 3
+FEWEST_FOR_MEMORY = 100
 
 
 def main(words: Sequence[str]) -> int:
@@ -65,6 +67,7 @@ def bench(
     images: int = 8,
     plain_images: int | None = None,
     rounds: int = 5,
+    memory_images: int = 1000,
     work: Path | None = None,
 ) -> int:
     """Time and weigh g4seg against the bare networks and against a plain reading of the paper.
@@ -80,6 +83,7 @@ def bench(
         images: of the contest between floor, g4seg and plain.
         plain_images: of these, those that plain refines too; all if tiny, else 1.
         rounds: repetitions of small measurements.
+        memory_images: over how many images memory is watched, 100 or more.
         work: folder for models and outputs, kept; a temporary one if not given.
 
     Returns:
@@ -92,11 +96,15 @@ def bench(
     if images < FEWEST_IMAGES:
         msg = f"images is {images}: give {FEWEST_IMAGES} or more, one for each number of classes"
         raise ConfigurationError(msg)
+    if memory_images < FEWEST_FOR_MEMORY:
+        msg = f"memory_images is {memory_images}: give {FEWEST_FOR_MEMORY} or more"
+        raise ConfigurationError(msg)
     few = (images if size == "tiny" else 1) if plain_images is None else plain_images
     found: dict[str, Row] = {}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) if work is None else work
-        setting = Setting(SIZES[size], pick_device(device), folder.absolute(), images, few, rounds)
+        place = (SIZES[size], pick_device(device), folder.absolute())
+        setting = Setting(*place, images, few, rounds, memory_images)
         for part in chosen:
             for row in _load(PARTS[part])(setting):
                 if not only or part in only or row.name in only:

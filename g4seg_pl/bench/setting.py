@@ -27,6 +27,7 @@ class Setting:
         images: of the contest.
         plain_images: of these, how many the slow contestant refines too.
         rounds: repetitions of small measurements.
+        memory_images: over which memory is watched.
     """
 
     size: Size
@@ -35,6 +36,7 @@ class Setting:
     images: int = 8
     plain_images: int = 8
     rounds: int = 5
+    memory_images: int = 1000
 
     @cached_property
     def models(self) -> ModelFolders:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from g4seg_pl.types import ConfigurationError
 
@@ -43,6 +43,21 @@ def folder_lock(root: Path, patience: float = PATIENCE) -> Iterator[None]:
 
 def _locked(file: IO[str]) -> bool:
     """Try to lock; closing the file unlocks it. True also where there are no locks."""
+    locked = try_lock(file)
+    if locked is None:
+        print(
+            "note: this file system has no locks; start runs that share a folder one by one",
+            file=sys.stderr,
+        )
+    return locked is not False
+
+
+def try_lock(file: IO[Any]) -> bool | None:
+    """Lock an open file for this process, until it is closed, without waiting.
+
+    Returns:
+        whether it is locked now; None where the file system has no locks.
+    """
     try:
         import fcntl
 
@@ -52,8 +67,5 @@ def _locked(file: IO[str]) -> bool:
     except (ImportError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
-        print(
-            "note: this file system has no locks; start runs that share a folder one by one",
-            file=sys.stderr,
-        )
+        return None
     return True

@@ -6,22 +6,23 @@
     OUT/masks/<id>.png         indexed label file; its presence means that the image is finished
     OUT/soft/<id>.npz or .npy  soft maps, if asked for
     OUT/records.rank<k>.jsonl  one line an image: done or failed, and why
+
+With tars, see :mod:`g4seg_pl.callbacks.tar_folder`, masks and soft maps lie in these instead.
 """
 
 import io
-import json
 import os
-import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from g4seg_pl.callbacks.palette import label_image
+from g4seg_pl.callbacks.records import last_records
+from g4seg_pl.callbacks.tar_manifest import holds_tars, tar_files
 from g4seg_pl.types import BadItemError, RefinedMask
 
 SoftFormat = Literal["none", "npz", "clip_es", "irn"]
@@ -57,6 +58,16 @@ class RunSummary:
         return max(0, self.total - self.done - self.skipped - len(self.failed))
 
 
+class MaskSink(Protocol):
+    """Where one process puts its masks."""
+
+    def save(self, mask: RefinedMask, record: dict[str, Any]) -> None:
+        """Write the files of one image; safe to call from several threads."""
+
+    def close(self) -> None:
+        """Complete what was begun."""
+
+
 @dataclass(frozen=True)
 class OutputFolder:
     """One output folder.
@@ -77,25 +88,35 @@ class OutputFolder:
         """The run record."""
         return self.root / "run.json"
 
+    @property
+    def masks(self) -> Path:
+        """Where the masks lie."""
+        return self.root / "masks"
+
+    @property
+    def soft_suffix(self) -> str | None:
+        """Suffix of the files of soft maps, without dot; None if there are none."""
+        return {"none": None, "npz": "npz"}.get(self.soft, "npy")
+
     def mask_path(self, image_id: str) -> Path:
         """The label file of an image."""
-        return self.root / "masks" / f"{image_id}.png"
+        return self.masks / f"{image_id}.png"
 
     def soft_path(self, image_id: str) -> Path:
         """The soft maps of an image."""
-        return self.root / "soft" / f"{image_id}.{'npz' if self.soft == 'npz' else 'npy'}"
+        return self.root / "soft" / f"{image_id}.{self.soft_suffix}"
 
     def finished(self) -> set[str]:
         """The ids of all finished images, from listings alone: no file is looked at."""
-        return set(_ids_below(self.root / "masks"))
+        return set(_ids_below(self.masks))
 
     def holds_masks(self) -> bool:
-        """Whether any image is finished."""
-        return next(_ids_below(self.root / "masks"), None) is not None
+        """Whether any image is finished, in a file or in a tar."""
+        return holds_tars(self.masks) or next(_ids_below(self.masks), None) is not None
 
     def make(self) -> None:
         """Make the folders."""
-        (self.root / "masks").mkdir(parents=True, exist_ok=True)
+        self.masks.mkdir(parents=True, exist_ok=True)
         if self.soft != "none":
             (self.root / "soft").mkdir(exist_ok=True)
 
@@ -106,6 +127,27 @@ class OutputFolder:
             for suffix in ("npz", "npy"):
                 (self.root / "soft" / f"{image_id}.{suffix}").unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Remove every mask, in files and in tars, with its soft maps."""
+        OutputFolder.forget(self, set(_ids_below(self.masks)))
+        for path in tar_files(self.masks):
+            path.unlink(missing_ok=True)
+
+    def mend(self, *, shard: str | None) -> None:
+        """Put right what killed runs left; here there is nothing, for files are whole or absent.
+
+        Args:
+            shard: the part of the data that this run is over.
+        """
+
+    def sink(self, process: str) -> MaskSink:
+        """Where a process puts its masks.
+
+        Args:
+            process: its name, no other's at this moment, such as ``rank0``.
+        """
+        return _Files(self)
+
     def save(self, mask: RefinedMask) -> None:
         """Write the files of one image, the label file last.
 
@@ -114,12 +156,18 @@ class OutputFolder:
             OSError: if the disk refuses.
         """
         require_file_name(mask.image_id)
-        if self.soft != "none":
-            write_atomically(
-                self.soft_path(mask.image_id), lambda file: self._save_soft(mask, file)
-            )
-        image = label_image(mask.label.numpy())
-        write_atomically(self.mask_path(mask.image_id), lambda file: image.save(file, format="PNG"))
+        for suffix, content in self.contents(mask).items():
+            path = self.mask_path if suffix == "png" else self.soft_path
+            _write_bytes(path(mask.image_id), content)
+
+    def contents(self, mask: RefinedMask) -> dict[str, bytes]:
+        """The files of one image by their suffix, the label file last."""
+        label, soft = io.BytesIO(), io.BytesIO()
+        if self.soft_suffix is not None:
+            self._save_soft(mask, soft)
+        label_image(mask.label.numpy()).save(label, format="PNG")
+        maps = {} if self.soft_suffix is None else {self.soft_suffix: soft.getvalue()}
+        return {**maps, "png": label.getvalue()}
 
     def _save_soft(self, mask: RefinedMask, file: BinaryIO) -> None:
         """Write the soft maps in the chosen format."""
@@ -130,6 +178,19 @@ class OutputFolder:
 
         dialect = clip_es if self.soft == "clip_es" else irn
         dialect.write(file, mask.class_ids, mask.foreground.numpy())
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Masks go into files of their own."""
+
+    folder: OutputFolder
+
+    def save(self, mask: RefinedMask, record: dict[str, Any]) -> None:
+        self.folder.save(mask)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _ids_below(folder: str | Path, prefix: str = "") -> Iterator[str]:
@@ -161,9 +222,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """
     buffer = io.BytesIO()
     write(buffer)
+    _write_bytes(path, buffer.getbuffer())
+
+
+def _write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """See :func:`write_atomically`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(buffer.getbuffer())
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 
@@ -177,64 +243,6 @@ def require_file_name(image_id: str) -> None:
     if "\\" in image_id or "\0" in image_id or any(part in ("", ".", "..") for part in parts):
         msg = f"image id {image_id!r} is not a plain file name: rename the image or its list entry"
         raise BadItemError(msg)
-
-
-class RecordFile:
-    """Append-only JSON lines of one process; every line is on disk when `add` returns.
-
-    Safe to use from several threads.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        # The last line of a killed process may be cut short; the next begins on its own.
-        with path.open("ab+") as file:
-            if (
-                file.seek(0, os.SEEK_END)
-                and file.seek(-1, os.SEEK_END) + 1
-                and file.read() != b"\n"
-            ):
-                file.write(b"\n")
-
-    def add(self, image_id: str, error: str | None = None, **details: Any) -> None:
-        """Append the record of one image; ``error`` makes it a failure."""
-        status = {"status": "failed", "error": error} if error else {"status": "done"}
-        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"id": image_id, **status, **details, "time": moment})
-        with self._lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
-def read_records(root: Path) -> Iterator[dict[str, Any]]:
-    """Every record of a folder, of all its processes and runs, in order of time."""
-    yield from sorted(_stored_records(root), key=lambda record: str(record["time"]))
-
-
-def last_records(root: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The last record of each of some images; no others are kept in memory."""
-    last: dict[str, dict[str, Any]] = {}
-    for record in _stored_records(root) if ids else ():
-        known = last.get(record["id"], record)
-        if record["id"] in ids and str(record["time"]) >= str(known["time"]):
-            last[record["id"]] = record
-    return last
-
-
-def _stored_records(root: Path) -> Iterator[dict[str, Any]]:
-    """The records file by file."""
-    for path in root.glob("records.*.jsonl"):
-        with path.open(encoding="utf-8") as lines:
-            yield from (record for line in lines if (record := _parsed(line)) is not None)
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """One record; None for the last line of a killed process, which may be cut short."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and {"id", "time"} <= record.keys() else None
 
 
 def summarise(folder: OutputFolder, ids: Collection[str], skipped: Collection[str]) -> RunSummary:

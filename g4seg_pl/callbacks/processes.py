@@ -24,13 +24,17 @@ class ProcessFiles:
     root: Path
     shard: str | None = None
 
+    def name(self, rank: int) -> str:
+        """The name of a process, by rank and shard."""
+        return f"{self._part}rank{rank}"
+
     def record(self, rank: int) -> Path:
         """The record file of a process; it grows with every image."""
-        return self.root / f"records.{self._part}rank{rank}.jsonl"
+        return self.root / f"records.{self.name(rank)}.jsonl"
 
     def marker(self, rank: int) -> Path:
         """The file by which a process says that it has written all it will."""
-        return self.root / f".finished.{self._part}rank{rank}"
+        return self.root / f".finished.{self.name(rank)}"
 
     def begin(self, rank: int) -> None:
         """Take back what an earlier run said; to be called before a barrier that all pass."""

@@ -20,12 +20,13 @@ from g4seg_pl.callbacks.run_record import (
 from g4seg_pl.types import ConfigurationError
 
 
-def configuration(trainer: pl.Trainer, soft: SoftFormat) -> Json:
+def configuration(trainer: pl.Trainer, soft: SoftFormat, *, tars: bool = False) -> Json:
     """All that decides what the masks are: model, data, and callbacks that change predictions.
 
     Args:
         trainer: with module, DataModule and callbacks attached.
         soft: how soft maps are kept.
+        tars: whether masks are kept in tars.
 
     Raises:
         ConfigurationError: if such a callback stands behind the writer.
@@ -43,6 +44,7 @@ def configuration(trainer: pl.Trainer, soft: SoftFormat) -> Json:
         "model": describe(trainer.lightning_module),
         "data": describe(trainer.datamodule),  # type: ignore[attr-defined]
         "soft": soft,
+        **({"tar": True} if tars else {}),
         "changed_by": [describe(callbacks[index]) for index in changing],
     }
 
@@ -62,8 +64,10 @@ def finished_by(
         ConfigurationError: the folder holds masks that another configuration made.
     """
     finished = folder.finished()
-    if finished or shared:
-        _refuse_others(folder, config, holds_masks=bool(finished))
+    # Files do not count as finished for a run with tars, nor tars for one without.
+    holds_masks = bool(finished) or folder.holds_masks()
+    if holds_masks or shared:
+        _refuse_others(folder, config, holds_masks=holds_masks)
     return frozenset(finished & set(ids))
 
 
@@ -83,10 +87,12 @@ def _refuse_others(folder: OutputFolder, config: Json, *, holds_masks: bool) -> 
         raise ConfigurationError(msg)
 
 
-def to_redo(folder: OutputFolder, config: Json, ids: Collection[str]) -> set[str]:
+def make_room(folder: OutputFolder, config: Json, ids: Collection[str]) -> None:
     """What ``override`` removes: the images asked for, or all that another configuration made."""
-    same = _made_by(folder, config)
-    return folder.finished() & set(ids) if same else folder.finished()
+    if _made_by(folder, config):
+        folder.forget(folder.finished() & set(ids))
+    else:
+        folder.clear()
 
 
 def _made_by(folder: OutputFolder, config: Json) -> bool:
@@ -123,13 +129,16 @@ def open_run(
     Raises:
         ConfigurationError: another run came first, with another configuration.
     """
-    shared = shard_of(datamodule) is not None
+    shard = shard_of(datamodule)
+    shared = shard is not None
     with folder_lock(folder.root):
         if override:
-            folder.forget(to_redo(folder, config, ids))
+            folder.mend(shard=shard)
+            make_room(folder, config, ids)
         holds_masks = folder.holds_masks()
         if holds_masks or (shared and not override):
             _refuse_others(folder, config, holds_masks=holds_masks)
+        folder.mend(shard=shard)
         goes_on = holds_masks or (shared and _made_by(folder, config))
         _write_run_record(folder, config, module, datamodule, goes_on=goes_on)
 

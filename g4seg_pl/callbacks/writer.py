@@ -15,14 +15,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from g4seg_pl.callbacks.output_folder import (
+    MaskSink,
     OutputFolder,
-    RecordFile,
     RunSummary,
     SoftFormat,
     require_file_name,
     summarise,
 )
 from g4seg_pl.callbacks.processes import ProcessFiles
+from g4seg_pl.callbacks.records import RecordFile, new_record
 from g4seg_pl.callbacks.resume import (
     background_rule,
     configuration,
@@ -31,6 +32,8 @@ from g4seg_pl.callbacks.resume import (
     open_run,
     shard_of,
 )
+from g4seg_pl.callbacks.tar_folder import TarFolder
+from g4seg_pl.callbacks.tar_writer import TarSize
 from g4seg_pl.types import BadItemError, ConfigurationError, FailedSample, G4SegError, RefinedMask
 
 __all__ = ["MaskWriter", "background_rule", "json_text", "print_summary"]
@@ -41,8 +44,9 @@ SHOWN_FAILURES = 20
 class MaskWriter(BasePredictionWriter):
     """Write one palette PNG an image under the image's own name, and a record of the run.
 
-    Finished images are skipped; a folder made with another configuration is refused. Each process
-    writes its own images and its own record file; nothing is communicated while the loop runs.
+    The PNGs are files, or lie in tars that WebDataset reads. Finished images are skipped; a folder
+    made with another configuration is refused. Each process writes its own images and its own
+    record file; nothing is communicated while the loop runs.
 
     Args:
         out: output folder, see :mod:`g4seg_pl.callbacks.output_folder`.
@@ -54,6 +58,9 @@ class MaskWriter(BasePredictionWriter):
         rank_timeout: seconds that rank 0, when it is done, waits for other processes without
             seeing any of them finish an image; then those left are given up, and what they did
             not finish counts as not tried.
+        tar: put masks, soft maps and records into tars instead of a file each, see
+            :mod:`g4seg_pl.callbacks.tar_folder`: most images in a tar, such as 1000, or most
+            bytes, such as 256MB. None writes files.
 
     Attributes:
         summary: how the run went, on rank 0 after it ended; None before.
@@ -66,6 +73,7 @@ class MaskWriter(BasePredictionWriter):
         override: bool = False,
         threads: int = 2,
         rank_timeout: float = 1800.0,
+        tar: int | str | None = None,
     ) -> None:
         super().__init__(write_interval="batch")
         self.out = Path(out)
@@ -73,8 +81,10 @@ class MaskWriter(BasePredictionWriter):
         self.override = override
         self.threads = threads
         self.rank_timeout = rank_timeout
+        self.tar = tar
         self.summary: RunSummary | None = None
-        self._folder = OutputFolder(self.out, soft)
+        self._folder = _folder(self.out, soft, tar)
+        self._sink: MaskSink | None = None
         self._processes = ProcessFiles(self.out)
         self._ids: tuple[str, ...] = ()
         self._skipped: frozenset[str] = frozenset()
@@ -88,7 +98,7 @@ class MaskWriter(BasePredictionWriter):
         if stage != "predict":
             return
         datamodule = _require_datamodule(trainer)
-        config = configuration(trainer, self.soft)
+        config = configuration(trainer, self.soft, tars=self.tar is not None)
         datamodule.exclude(())  # what an earlier run in this process left out counts again
         self._ids = tuple(item.image_id for item in datamodule.items)
         shard, keep = shard_of(datamodule), not self.override
@@ -103,6 +113,7 @@ class MaskWriter(BasePredictionWriter):
             run = (config, self._ids, pl_module, datamodule)
             open_run(self._folder, *run, override=self.override)
         self._records = RecordFile(self._processes.record(trainer.global_rank))
+        self._sink = self._folder.sink(self._processes.name(trainer.global_rank))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mask-writer")
 
     def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
@@ -149,12 +160,15 @@ class MaskWriter(BasePredictionWriter):
         """Let files already handed over be written; rank 0 need not wait for this process."""
         if self._pool is None:
             return
-        self._close()
+        try:
+            self._close()
+        except G4SegError as error:  # beside the one that ends the run
+            print(f"error: {error}", file=sys.stderr)
         self._processes.finish(trainer.global_rank, failed=True)
 
     def _submit(self, item: RefinedMask | FailedSample, seconds: float) -> None:
         """Queue one image, or record its failure."""
-        if self._pool is None or self._records is None:
+        if self._pool is None or self._records is None or self._sink is None:
             msg = "MaskWriter was not set up: use it through Trainer.predict"
             raise G4SegError(msg)
         if isinstance(item, FailedSample):
@@ -165,17 +179,15 @@ class MaskWriter(BasePredictionWriter):
         except BadItemError as error:
             self._records.add(item.image_id, error=str(error))
             return
-        self._pending.append(self._pool.submit(self._write, self._records, item, seconds))
+        write = partial(self._write, self._sink, self._records)
+        self._pending.append(self._pool.submit(write, item, seconds))
 
-    def _write(self, records: RecordFile, mask: RefinedMask, seconds: float) -> None:
+    def _write(
+        self, sink: MaskSink, records: RecordFile, mask: RefinedMask, seconds: float
+    ) -> None:
         """In a thread: write the files of an image, then its record."""
-        try:
-            self._folder.save(mask)
-        except OSError as error:
-            msg = f"{mask.image_id} cannot be written to {self.out}: {error}"
-            raise G4SegError(msg) from error
         height, width = mask.label.shape
-        records.add(
+        record = new_record(
             mask.image_id,
             class_ids=list(mask.class_ids),
             height=height,
@@ -183,6 +195,12 @@ class MaskWriter(BasePredictionWriter):
             seconds=seconds,
             **_found_out(mask),
         )
+        try:
+            sink.save(mask, record)
+        except OSError as error:
+            msg = f"{mask.image_id} cannot be written to {self.out}: {error}"
+            raise G4SegError(msg) from error
+        records.write(record)
 
     def _collect(self, leave: int) -> None:
         """Wait until at most ``leave`` images are queued, raising what a thread raised."""
@@ -195,6 +213,18 @@ class MaskWriter(BasePredictionWriter):
             self._pool.shutdown(wait=True)
             self._pool = None
         self._pending.clear()
+        sink, self._sink = self._sink, None
+        try:
+            if sink is not None:
+                sink.close()
+        except OSError as error:
+            msg = f"the last masks cannot be written to {self.out}: {error}"
+            raise G4SegError(msg) from error
+
+
+def _folder(out: Path, soft: SoftFormat, tar: int | str | None) -> OutputFolder:
+    """The output folder, with files or with tars in it."""
+    return OutputFolder(out, soft) if tar is None else TarFolder(out, soft, TarSize.parse(tar))
 
 
 def _require_datamodule(trainer: pl.Trainer) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from datamodules.files import File, openable
 from g4seg_pl.evaluation.bootstrap import bootstrap_mean_iou
 from g4seg_pl.evaluation.boundary import boundary_counts, trimap
 from g4seg_pl.evaluation.confusion import (
@@ -29,6 +30,7 @@ from g4seg_pl.evaluation.confusion import (
     pixel_accuracy,
     total,
 )
+from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.types import BadItemError, ConfigurationError
 
 SHOWN_PROBLEMS = 20
@@ -65,7 +67,8 @@ def evaluate(
     """Score label files by the data-set confusion matrix and print the protocol with the number.
 
     Args:
-        pred: folder of predicted label files <id>.png; an output folder of predict works too.
+        pred: folder of predicted label files <id>.png, or of tars of them; an output folder of
+            predict works too.
         gt: folder of ground-truth label files; 255 in them is ignored.
         num_classes: number of labels, background included (21 for VOC).
         json: file for the scores; all of them are in percent.
@@ -78,15 +81,15 @@ def evaluate(
     """
     _require_folder(pred, "pred")
     _require_folder(gt, "gt")
-    masks = pred / "masks" if (pred / "masks").is_dir() else pred
+    labels = LabelFolder(pred, "pred")
     ids = _ids_to_score(gt, gt_suffix, split_list)
     score = partial(
         _score_files, num_classes=num_classes, prediction_255=pred_255, boundary=boundary
     )
-    pairs = [(masks / f"{name}.png", gt / f"{name}{gt_suffix}") for name in ids]
+    pairs = [(labels.mask_file(name), gt / f"{name}{gt_suffix}") for name in ids]
     scores = _score_all(score, pairs, threads, split_list)
     report = {
-        **_protocol(masks, split_list, pred_255, num_classes),
+        **_protocol(labels.masks, split_list, pred_255, num_classes),
         **summarise(scores, resamples),
     }
     print(format_report(report))
@@ -189,14 +192,14 @@ def score_image(
     return ImageScore(confusion, bands, count(trimap(truth, TRIMAP_WIDTH)))
 
 
-def read_labels(path: Path) -> NDArray[np.uint8]:
+def read_labels(path: File) -> NDArray[np.uint8]:
     """Label values ``(H, W)`` of an indexed or 8-bit gray PNG.
 
     Raises:
         BadItemError: if the file is missing, unreadable or holds colours instead of labels.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(openable(path)) as image:
             if image.mode not in ("P", "L"):
                 msg = f"{path} has mode {image.mode}: labels are read from indexed or gray PNG only"
                 raise BadItemError(msg)
@@ -210,7 +213,7 @@ def read_labels(path: Path) -> NDArray[np.uint8]:
 
 
 def _score_files(
-    files: tuple[Path, Path], num_classes: int, prediction_255: Prediction255, boundary: bool
+    files: tuple[File, Path], num_classes: int, prediction_255: Prediction255, boundary: bool
 ) -> ImageScore | str:
     """The counts of one pair of files, or what is wrong with it."""
     predicted, true = files
@@ -224,8 +227,8 @@ def _score_files(
 
 
 def _score_all(
-    score: Callable[[tuple[Path, Path]], ImageScore | str],
-    pairs: Sequence[tuple[Path, Path]],
+    score: Callable[[tuple[File, Path]], ImageScore | str],
+    pairs: Sequence[tuple[File, Path]],
     threads: int,
     split_list: Path | None,
 ) -> list[ImageScore]:

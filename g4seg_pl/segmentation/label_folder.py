@@ -1,13 +1,16 @@
-"""A folder of label files that `g4seg predict` wrote, or any folder of `<id>.png`."""
+"""Label files that `g4seg predict` wrote, in files or tars, or any folder of `<id>.png`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import File
+from g4seg_pl.segmentation.label_tars import LabelTars, lie_in_tars
 from g4seg_pl.types import ConfigurationError
 
 SHOWN = 10
+SOFT_SUFFIXES = (".npz", ".npy")
 
 
 class LabelFolder:
@@ -15,28 +18,36 @@ class LabelFolder:
 
     Args:
         root: the output folder (with ``masks``, perhaps ``soft`` and ``run.json``), or a folder
-            of label files alone.
+            of label files, or of tars, alone.
+        argument: its name, for errors.
 
     Raises:
-        ConfigurationError: there is no such folder, or its run.json is damaged.
+        ConfigurationError: there is no such folder, its run.json is damaged, or a tar is missing
+            or damaged.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, argument: str = "labels") -> None:
         if not root.is_dir():
-            msg = f"labels: no folder {root}; give the folder that g4seg predict wrote"
+            msg = f"{argument}: no folder {root}; give the folder that g4seg predict wrote"
             raise ConfigurationError(msg)
         self.root = root
         self.masks = root / "masks" if (root / "masks").is_dir() else root
-        self.record = _read_record(root / "run.json")
+        self.record = _read_record(root / "run.json", argument)
+        self._tars = LabelTars(self.masks, argument) if lie_in_tars(self.masks) else None
 
-    def mask_path(self, image_id: str) -> Path:
+    def mask_file(self, image_id: str) -> File:
         """The label file of an image, present or not."""
-        return self.masks / f"{image_id}.png"
+        found = None if self._tars is None else self._tars.find(image_id, ".png")
+        return found or self.masks / f"{image_id}.png"
 
-    def soft_path(self, image_id: str) -> Path | None:
+    def soft_file(self, image_id: str) -> File | None:
         """The soft maps of an image; None if there are none."""
-        paths = [self.root / "soft" / f"{image_id}{suffix}" for suffix in (".npz", ".npy")]
-        return next((path for path in paths if path.is_file()), None)
+        files: Iterable[File | None]
+        if self._tars is not None:
+            files = [self._tars.find(image_id, suffix) for suffix in SOFT_SUFFIXES]
+        else:
+            files = [self.root / "soft" / f"{image_id}{suffix}" for suffix in SOFT_SUFFIXES]
+        return next((file for file in files if file is not None and file.is_file()), None)
 
     def require(self, ids: Sequence[str], split: object, *, soft: bool) -> None:
         """Check that every image has its files.
@@ -49,12 +60,12 @@ class LabelFolder:
         Raises:
             ConfigurationError: names those that lack a file, and what the folder was made of.
         """
-        self._complain([name for name in ids if not self.mask_path(name).is_file()], ids, split)
-        if soft and (bare := [name for name in ids if self.soft_path(name) is None]):
+        self._complain([name for name in ids if not self.mask_file(name).is_file()], ids, split)
+        if soft and (bare := [name for name in ids if self.soft_file(name) is None]):
+            place = self.root / "soft" if self._tars is None else self.masks
             msg = (
-                f"labels: {len(bare)} of {len(ids)} training images have no soft map in "
-                f"{self.root / 'soft'}: {_listed(bare)}. Predict with --writer.soft npz, or set "
-                "data.soft to false"
+                f"labels: {len(bare)} of {len(ids)} training images have no soft map in {place}: "
+                f"{_listed(bare)}. Predict with --writer.soft npz, or set data.soft to false"
             )
             raise ConfigurationError(msg)
 
@@ -64,10 +75,12 @@ class LabelFolder:
             return
         made_of = self.record.get("split")
         origin = f" (made of split {made_of!r})" if made_of is not None else ""
+        unfinished = [] if self._tars is None else self._tars.unfinished
+        left = f"; {unfinished[0].name} there is unfinished" if unfinished else ""
         msg = (
             f"labels: {len(missing)} of {len(ids)} training images of split {str(split)!r} have no "
-            f"mask in {self.masks}{origin}: {_listed(missing)}. Run g4seg predict on this split, "
-            "or train on the split that the masks were made of"
+            f"mask in {self.masks}{origin}: {_listed(missing)}{left}. Run g4seg predict on this "
+            "split, or train on the split that the masks were made of"
         )
         raise ConfigurationError(msg)
 
@@ -78,7 +91,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path, argument: str) -> dict[str, Any]:
     """The run record; empty if there is none.
 
     Raises:
@@ -89,9 +102,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        msg = f"labels: {path} cannot be read as a run record ({error})"
+        msg = f"{argument}: {path} cannot be read as a run record ({error})"
         raise ConfigurationError(msg) from error
     if not isinstance(record, dict):
-        msg = f"labels: {path} is no run record; remove it, or give another folder"
+        msg = f"{argument}: {path} is no run record; remove it, or give another folder"
         raise ConfigurationError(msg)
     return record

@@ -1,8 +1,11 @@
 """Each part at the tiny size, the command around them, and the GPU's bars where there is one."""
 
 import json
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +14,13 @@ from g4seg_pl.bench import command, resume, scaling
 from g4seg_pl.bench.allocation import peak_allocated
 from g4seg_pl.bench.injection import injection
 from g4seg_pl.bench.match import dense_match, match
+from g4seg_pl.bench.memory import memory, resident_bytes
 from g4seg_pl.bench.processes import processes
 from g4seg_pl.bench.rows import Bar, Row
 from g4seg_pl.bench.setting import Setting, available_cores
 from g4seg_pl.bench.steps import STEPS, steps
 from g4seg_pl.bench.waiting import waiting
+from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.core.correspondence import nearest_neighbours
 from g4seg_pl.main import main
 
@@ -62,9 +67,41 @@ def test_resumed_run_is_timed_until_the_model_would_load(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "IMAGES", 50)
-    (row,) = resume.resume(setting)
-    assert row.ok
+    monkeypatch.setattr(resume, "IMAGES_A_TAR", 20)
+    rows = list(resume.resume(setting))
+    assert [row.ok for row in rows] == [True, True]
     assert len(list((setting.out("resumed") / "masks").iterdir())) == 50
+    assert len(list((setting.out("resumed_tars") / "masks").glob("*.tar"))) == 3
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux")
+
+
+@on_linux
+def test_resident_memory_is_what_is_in_use() -> None:
+    before = resident_bytes(os.getpid())
+    held = torch.ones(2**23)  # written to, so that it is resident
+    assert resident_bytes(os.getpid()) - before > 0.9 * held.nbytes
+
+
+@pytest.mark.slow
+@on_linux
+def test_memory_is_flat_and_a_leak_would_be_seen(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = replace(setting, memory_images=160)
+    (row,) = memory(many)
+    assert row.ok, row.detail
+    hoard: list[torch.Tensor] = []
+    save = MaskWriter.write_on_batch_end
+
+    def leak(self: MaskWriter, *args: Any, **kwargs: Any) -> None:
+        hoard.append(torch.ones(2**18))  # 1 MiB a batch
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(MaskWriter, "write_on_batch_end", leak)
+    (row,) = memory(many)
+    assert row.ok is False, row.detail
 
 
 @pytest.mark.slow

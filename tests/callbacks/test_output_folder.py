@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from g4seg_pl.callbacks.output_folder import OutputFolder, RecordFile, read_records, summarise
+from g4seg_pl.callbacks.output_folder import OutputFolder, summarise
 from g4seg_pl.callbacks.palette import voc_palette
+from g4seg_pl.callbacks.records import RecordFile, read_records
 from g4seg_pl.callbacks.run_record import describe, differing_keys
 from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.types import BadItemError, RefinedMask

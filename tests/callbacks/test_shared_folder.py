@@ -9,12 +9,8 @@ import pytest
 import torch
 
 from g4seg_pl.callbacks.folder_lock import folder_lock
-from g4seg_pl.callbacks.output_folder import (
-    OutputFolder,
-    RecordFile,
-    last_records,
-    read_records,
-)
+from g4seg_pl.callbacks.output_folder import OutputFolder
+from g4seg_pl.callbacks.records import RecordFile, last_records, read_records
 from g4seg_pl.callbacks.resume import finished_by, open_run
 from g4seg_pl.callbacks.run_record import write_text_atomically
 from g4seg_pl.types import ConfigurationError, RefinedMask

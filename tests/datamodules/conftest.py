@@ -1,12 +1,14 @@
 """Fake trees of the data-set layouts, small enough to be made for every test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from stored_trees import SIZES
 
 from datamodules.seed_files.label_png import palette
 
@@ -85,3 +87,28 @@ def voc(
     for name in "abc":
         save_label(root / "SegmentationClass" / f"{name}.png", [0, 3, 255], "P")
     return root
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """An empty folder in memory."""
+    system = fsspec.filesystem("memory")
+    system.makedirs("/bucket", exist_ok=True)
+    yield "memory://bucket"
+    system.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def tree(
+    tmp_path: Path,
+    save_image: Callable[..., Path],
+    save_seed: Callable[..., Path],
+) -> Path:
+    """Images of several kinds, seeds and truth in local folders."""
+    (tmp_path / "truth").mkdir()
+    for index, (name, size) in enumerate(SIZES.items()):
+        save_image(tmp_path / "images" / f"{name}{('.jpg', '.PNG')[index % 2]}", size)
+        save_seed(tmp_path / "seeds" / f"{name}.npy", [3, 15][: 1 + index % 2], size)
+        Image.new("L", size[::-1], 3 * index).save(tmp_path / "truth" / f"{name}.png")
+    (tmp_path / "images" / "notes.txt").write_text("no picture")
+    return tmp_path
