@@ -72,8 +72,8 @@ class ClassEvidence:
     cannot be fitted to the loss that judges it, as `Gradient` does to that of an injected one.
 
     Attributes:
-        timesteps: each is met by every draw; object-sized structure is decided in the middle.
-        draws: draws of noise at each timestep.
+        timesteps: of the passes; object-sized structure is decided in the middle.
+        draws: passes at each timestep, every pass under noise of its own.
         radius: of the square that evidence is averaged over, in latent cells.
         upsampling: of the evidence: bilinear, or along the image's edges.
         edge_radius: window of the latter, in latent cells.
@@ -85,7 +85,7 @@ class ClassEvidence:
         word_draws: draws of noise of the word map.
     """
 
-    timesteps: tuple[int, ...] = (100, 200, 300, 400, 500)
+    timesteps: tuple[int, ...] = (100, 300, 500)
     draws: int = 4
     radius: int = 1
     upsampling: Upsampling = "joint_bilateral"
@@ -118,7 +118,8 @@ class ClassEvidence:
         row_of = {image: row for row, image in enumerate(whole.owner)}
         index = [row_of[image] for image in without.owner]
         found = []
-        for timestep, draw in product(self.timesteps, range(self.draws)):
+        # Noise is common to both prompts and new in every pass, so that it averages out.
+        for draw, (timestep, _) in enumerate(product(self.timesteps, range(self.draws))):
             heard = _errors(whole, context, timestep, draw)[index]
             found.append(_errors(without, context, timestep, draw) - heard)
         return torch.stack(found, dim=1)
