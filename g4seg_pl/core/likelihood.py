@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from g4seg_pl.core.context import RefinementContext
+from g4seg_pl.core.evidence import ClassEvidence, ExplainedShares
 from g4seg_pl.core.generation import (
     Groups,
     Rows,
@@ -48,6 +49,10 @@ class PairedLosses:
         if count == 1:
             return torch.full_like(paired[..., 0], torch.nan)
         return paired.std(-1) / math.sqrt(count)
+
+    def without_last(self) -> "PairedLosses":
+        """Return all candidates but the last."""
+        return PairedLosses(self.losses[:-1], None if self.maps is None else self.maps[:-1])
 
     def _paired(self, reference: int) -> Float[Tensor, "k m n"]:
         logarithms = torch.log(self.losses)
@@ -97,7 +102,8 @@ class ChooseByLikelihood:
     the candidate's number; ``likelihood`` and ``likelihood_error``, every candidate's
     log L - log L of the masks given, and its standard error. Kept in the context: ``score`` and
     ``score_error``, how much better than an empty mask the chosen one explains the image, and
-    its standard error; ``pixel_weights``, of the chosen mask against the empty one.
+    its standard error; ``pixel_weights``, of the chosen mask against the empty one. With
+    ``evidence``, shares explained stand in for -log L, with their sign turned where L's is.
 
     Attributes:
         candidates: lists of steps, each applied in order to the masks given.
@@ -112,6 +118,9 @@ class ChooseByLikelihood:
         inject_cross_attention: inject into cross-attention (Eq. 3).
         inject_self_attention: inject into self-attention (Eq. 4).
         all_classes_at_once: judge all masks of an image together, in one pass.
+        evidence: judge by the evidence for the class's name, which no candidate is injected
+            for; None judges by the denoising loss under each candidate. Of the settings above
+            only ``binarise_at`` and ``margin`` count with it.
     """
 
     candidates: list[list[NestedStep]]
@@ -125,13 +134,15 @@ class ChooseByLikelihood:
     inject_cross_attention: bool = True
     inject_self_attention: bool = True
     all_classes_at_once: bool = False
+    evidence: ClassEvidence | None = None
 
     def __post_init__(self) -> None:
         """Refuse a margin that cannot be measured."""
-        count = self.draws * len(self.timesteps)
-        if self.draws < 1 or count < 1:
+        if self.draws < 1 or not self.timesteps:
             message = f"draws is {self.draws} at timesteps {self.timesteps}; give one of each"
             raise ValueError(message)
+        judge = self if self.evidence is None else self.evidence
+        count = judge.draws * len(judge.timesteps)
         if self.margin < 0 or (self.margin > 0 and count < 2):
             message = (
                 f"margin is {self.margin} standard errors over {count} draws; give 0 or more, "
@@ -156,9 +167,14 @@ class ChooseByLikelihood:
                 if self.every_step or position == len(steps):
                     found.append(masks)
         # The empty mask is for the score alone and cannot be chosen.
-        losses = self.losses([*found, torch.zeros_like(foreground)], context)
-        chosen = choose(PairedLosses(losses.losses[:-1]), self.margin)
-        self._record(losses, chosen, foreground, context)
+        candidates = [*found, torch.zeros_like(foreground)]
+        if self.evidence is None:
+            losses = self.losses(candidates, context)
+            chosen = choose(losses.without_last(), self.margin)
+            self._record(losses, chosen, context)
+            self._keep_weights(losses, chosen, foreground, context)
+        else:
+            chosen = self._choose_by_evidence(self.evidence, candidates, context)
         every = torch.arange(len(foreground), device=foreground.device)
         return torch.stack(found)[chosen, every]
 
@@ -184,26 +200,54 @@ class ChooseByLikelihood:
             keep_maps=True,
         )
 
+    def _choose_by_evidence(
+        self,
+        evidence: ClassEvidence,
+        candidates: Sequence[Float[Tensor, "m H W"]],
+        context: RefinementContext,
+    ) -> Int[Tensor, " m"]:
+        """Return the numbers of the candidates that explain most of the evidence."""
+        cut = self.binarise_at
+        masks = [each if cut is None else (each >= cut).to(each.dtype) for each in candidates]
+        passes = evidence.passes(context)
+        shares = evidence.shares(masks, context, passes)
+        chosen = choose(shares.without_last(), self.margin)
+        self._record(shares, chosen, context)
+        stacked = torch.stack(masks)
+        picked = stacked[chosen, torch.arange(len(chosen), device=chosen.device)]
+        grid = (passes.shape[2], passes.shape[3])
+        inside = functional.adaptive_avg_pool2d(picked, grid)[:, None].to(passes)
+        # What the name, heard inside the mask alone, saves against hearing it nowhere.
+        size = (picked.shape[1], picked.shape[2])
+        weights = pixel_weights(torch.zeros_like(passes), inside * passes, size)
+        context.keep("pixel_weights", weights)
+        return chosen
+
     def _record(
-        self, losses: PairedLosses, chosen: Tensor, foreground: Tensor, context: RefinementContext
+        self, scores: PairedLosses | ExplainedShares, chosen: Tensor, context: RefinementContext
     ) -> None:
         every = torch.arange(len(chosen), device=chosen.device)
         context.record("chosen", chosen)
-        context.record("likelihood", losses.difference()[:-1].T)
-        context.record("likelihood_error", losses.standard_error()[:-1].T)
-        context.keep("score", -losses.difference(-1)[chosen, every])
-        context.keep("score_error", losses.standard_error(-1)[chosen, every])
+        context.record("likelihood", scores.difference()[:-1].T)
+        context.record("likelihood_error", scores.standard_error()[:-1].T)
+        context.keep("score", -scores.difference(-1)[chosen, every])
+        context.keep("score_error", scores.standard_error(-1)[chosen, every])
+
+    def _keep_weights(
+        self, losses: PairedLosses, chosen: Tensor, foreground: Tensor, context: RefinementContext
+    ) -> None:
         if losses.maps is not None:
+            every = torch.arange(len(chosen), device=chosen.device)
             best, empty = losses.maps[chosen, every], losses.maps[-1]
             size = (foreground.shape[1], foreground.shape[2])
             context.keep("pixel_weights", pixel_weights(best, empty, size))
 
 
-def choose(losses: PairedLosses, margin: float = 0.0) -> Int[Tensor, " m"]:
+def choose(losses: PairedLosses | ExplainedShares, margin: float = 0.0) -> Int[Tensor, " m"]:
     """Return each mask's best candidate, 0 unless another is better by the margin.
 
     Args:
-        losses: of the candidates, the first of which stands if in doubt.
+        losses: of the candidates, or the shares they explain; the first stands if in doubt.
         margin: in standard errors of the difference.
     """
     difference = losses.difference()

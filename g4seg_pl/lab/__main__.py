@@ -15,8 +15,9 @@ from g4seg_pl.lab.report import write_report
 from g4seg_pl.lab.signal_pictures import signal_pictures
 from g4seg_pl.lab.sources import SEED_KINDS, SeedKind
 from g4seg_pl.lab.table import Table
-from g4seg_pl.lab.tables.explanation import claim, likelihood
+from g4seg_pl.lab.tables.explanation import claim
 from g4seg_pl.lab.tables.groups import groups
+from g4seg_pl.lab.tables.judging import likelihood
 from g4seg_pl.lab.tables.makers import makers
 from g4seg_pl.lab.tables.refinement import (
     controls,

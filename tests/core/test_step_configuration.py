@@ -17,6 +17,7 @@ from g4seg_pl.core.controls import (
     OtherLatent,
     RandomWalk,
 )
+from g4seg_pl.core.evidence import ClassEvidence
 from g4seg_pl.core.gradient import Gradient
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.null_text import NullTextCorrespondence
@@ -67,6 +68,7 @@ update:
 - class_path: g4seg_pl.core.likelihood.ChooseByLikelihood
   init_args:
     margin: 1
+    evidence: {draws: 2, word_weight: 1.0}
     candidates:
     - - class_path: g4seg_pl.core.steps.Correspondence
         init_args: {beta: 0.8}
@@ -83,5 +85,6 @@ update:
     )
     assert gradient == Gradient(timesteps=(400, 600), rule="adam", trust_region=0.2)
     expected = [[Correspondence(beta=0.8)], [Averaged([Gradient()]), Blur()]]
-    assert choice == ChooseByLikelihood(expected, margin=1.0)
+    judge = ClassEvidence(draws=2, word_weight=1.0)
+    assert choice == ChooseByLikelihood(expected, margin=1.0, evidence=judge)
     assert other == OtherClass([Affinity()], ["dog", "cat"])

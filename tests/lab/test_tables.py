@@ -9,6 +9,7 @@ import pytest
 import yaml
 from fake_voc import write_voc
 
+from g4seg_pl.core.evidence import ClassEvidence
 from g4seg_pl.lab import __main__ as command
 from g4seg_pl.lab import compare, paper
 from g4seg_pl.lab.laboratory import Lab
@@ -16,8 +17,9 @@ from g4seg_pl.lab.pictures import failures
 from g4seg_pl.lab.scores import Scores
 from g4seg_pl.lab.table import Table, read_table
 from g4seg_pl.lab.tables import refinement
-from g4seg_pl.lab.tables.explanation import Measurement, claim, likelihood
+from g4seg_pl.lab.tables.explanation import Measurement, claim
 from g4seg_pl.lab.tables.groups import clustered_mean, per_mask
+from g4seg_pl.lab.tables.judging import Judged, likelihood, right
 from g4seg_pl.types import ConfigurationError
 
 PLAIN = ["modules", "sensitivity", "groups", "refiners", "signals", "controls", "costs", "words"]
@@ -65,11 +67,43 @@ def test_claim_and_likelihood(lab: Lab, tmp_path: Path) -> None:
     assert {"empty", "shuffled"} < set(others)
     assert all(0 <= row["share %"] <= 100 for row in table.rows)
     assert claim(lab, how).rows == table.rows
-    chosen = likelihood(lab, how)
+    evidence = ClassEvidence((400,), draws=1)
+    chosen = likelihood(lab, how, evidence)
     check(chosen, tmp_path)
-    gains = {row["what"]: row["value"] for row in chosen.rows if "mean IoU gain" in row["what"]}
+    rows = {str(row["what"]): row for row in chosen.rows}
+    gains = {what: row["value"] for what, row in rows.items() if what.startswith("mean IoU gain:")}
     oracle = gains.pop("mean IoU gain: chosen by truth (oracle)")
     assert oracle >= max(gains.values())
+    picked = rows["mean IoU gain of the mask chosen"]
+    judges = {"loss", "evidence", "evidence + word", "area", "colour cut", "best's mask"}
+    assert judges < set(picked)
+    assert all(picked[name] <= oracle for name in judges)
+    for name in judges:
+        assert 0 <= rows["right, truth against seed"][name] <= 100
+    assert rows["right, truth against seed"]["validation order"] is None
+    assert rows["rank correlation with area"]["area"] == pytest.approx(1.0)
+    assert likelihood(lab, how, evidence).rows == chosen.rows
+
+
+def test_a_judge_is_right_where_it_says_so() -> None:
+    # Three candidates of two masks; the second pair of IoUs is equal and does not count.
+    ious = np.array([[0.2, 0.5], [0.6, 0.5], [0.9, 0.1]])
+    scores = {
+        "perfect": ious,
+        "reversed": -ious,
+        "blind": np.zeros((3, 2)),
+        "silent": np.array([[0.0, 0.0], [1.0, 1.0], [np.nan, np.nan]]),
+    }
+    found = Judged(("a", "b", "c"), 3, scores, ious, ious, np.array([0, 0]))
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    picked, gaps = right(found, "perfect", pairs)
+    assert picked.tolist() == [1.0] * 5
+    np.testing.assert_allclose(gaps, [0.4, 0.7, 0.4, 0.3, 0.4])
+    assert right(found, "reversed", pairs)[0].tolist() == [0.0] * 5
+    assert right(found, "blind", pairs)[0].tolist() == [0.5] * 5
+    silent = right(found, "silent", pairs)[0]
+    assert silent[0] == 1.0
+    assert np.isnan(silent[1:]).all()
 
 
 def test_failures_are_drawn(lab: Lab, tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
-"""Does the better mask explain the image better? The claim p(S|x) ∝ p(x|S), and its use."""
+"""Does the better mask explain the image better? The claim p(S|x) ∝ p(x|S)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from g4seg_pl.callbacks.run_record import Json
@@ -22,12 +20,11 @@ from g4seg_pl.lab.sources import SeedKind, mask_iou
 from g4seg_pl.lab.stages import Batch, Masks, Way
 from g4seg_pl.lab.table import Cell, Table
 from g4seg_pl.lab.tables.groups import clustered_mean
-from g4seg_pl.lab.tables.refinement import SIGNALS, TIMESTEPS, named
+from g4seg_pl.lab.tables.refinement import TIMESTEPS
 from g4seg_pl.world.degrade import Fault, degrade
 
 Floats = NDArray[np.float64]
 SPOILT: tuple[Fault, ...] = ("dilate", "erode", "shift", "low_resolution")
-BINS = ((0.0, 0.05), (0.05, 0.1), (0.1, 0.2), (0.2, 1.01))
 # Hard masks of a batch by name, each (m, H, W) at native size.
 Candidates = Callable[[Batch, ChainRunner], Mapping[str, Tensor]]
 
@@ -211,71 +208,3 @@ def _claim_row(
         "loss saved %": saved,
         "loss saved %_se": saved_se,
     }
-
-
-def likelihood(lab: Lab, how: Measurement | None = None) -> Table:
-    """How often likelihood picks the better of two, what choosing by it gains, rank correlation."""
-    how = how or Measurement(timesteps=(300, 500))
-    rows: list[dict[str, Cell]] = []
-    for kind in lab.kinds:
-        ways = named(lab, kind, (*SIGNALS, "feature-nn", "best", "dcrf"))
-        name = [[way.name, way.describe()] for way in ways]
-
-        def candidates(
-            batch: Batch, chains: ChainRunner, ways: Sequence[Way] = ways
-        ) -> dict[str, Tensor]:
-            every = [Way("seed"), *ways]
-            found = {way.name: hard_masks(batch, chains.run(way).masks) for way in every}
-            return found | {"empty": torch.zeros_like(found["seed"])}
-
-        found = explain(lab, kind, name, candidates, how)
-        rows += _pair_rows(kind, found)
-        rows += _choice_rows(lab, kind, found)
-    title = "Likelihood: picking the better of two masks, choosing among ways, predicting IoU"
-    note = (
-        "Pairs are any two ways' masks of one class of one image; `right` is how often the mask "
-        "with the lower loss has the higher IoU. `rank correlation` is Spearman's, of how much "
-        "better than an empty mask the seed explains its image, with the seed's IoU."
-    )
-    return Table("likelihood", title, tuple(rows), lab.protocol(*lab.kinds), (note,))
-
-
-def _pair_rows(kind: SeedKind, found: Explained) -> list[dict[str, Cell]]:
-    logs, real = found.logarithms(), len(found.names) - 1
-    rights: dict[tuple[float, float], list[bool]] = {each: [] for each in BINS}
-    for first, second in combinations(range(real), 2):
-        gap = found.ious[first] - found.ious[second]
-        right = (gap > 0) == (logs[first] < logs[second])
-        for low, high in BINS:
-            inside = (np.abs(gap) >= low) & (np.abs(gap) < high) & (gap != 0)
-            rights[(low, high)] += right[inside].tolist()
-    return [
-        {
-            "seeds": kind,
-            "what": f"right, IoU apart by {100 * low:.0f}-{min(100.0, 100 * high):.0f}",
-            "n": len(each),
-            "value": 100 * float(np.mean(each)) if each else None,
-        }
-        for (low, high), each in rights.items()
-    ]
-
-
-def _choice_rows(lab: Lab, kind: SeedKind, found: Explained) -> list[dict[str, Cell]]:
-    logs, real = found.logarithms(), len(found.names) - 1
-    ious = 100 * found.ious[:real]
-    every = np.arange(ious.shape[1])
-    chosen = ious[logs[:real].argmin(axis=0), every]
-    rows: list[dict[str, Cell]] = []
-    named_ious = [*zip(found.names[:real], ious, strict=True), ("chosen by likelihood", chosen)]
-    named_ious.append(("chosen by truth (oracle)", ious.max(axis=0)))
-    for name, values in named_ious:
-        value, error = clustered_mean(values - ious[0], found.image, lab.images, lab.resamples)
-        row: dict[str, Cell] = {"seeds": kind, "what": f"mean IoU gain: {name}", "n": len(values)}
-        rows.append(row | {"value": value, "value_se": error})
-    saved = logs[-1] - logs[0]
-    if np.ptp(found.ious[0]) > 0 and np.ptp(saved) > 0:
-        correlation = float(stats.spearmanr(saved, found.ious[0]).statistic)
-        rows.append(
-            {"seeds": kind, "what": "rank correlation", "n": len(saved), "value": correlation}
-        )
-    return rows
