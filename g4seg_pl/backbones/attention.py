@@ -1,7 +1,7 @@
 """Attention rules for U-Nets of diffusers, installed and removed by one context manager."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -122,6 +122,41 @@ def attention_layers(unet: Denoiser) -> list[tuple[str, Attention]]:
     return [(name, layer) for name, layer in unet.named_modules() if isinstance(layer, Attention)]
 
 
+def record_attention(
+    unet: Denoiser, grids: Grids, run: Callable[[], object], *, cross: bool
+) -> tuple[list[AttentionRecord], list[AttentionRecord]]:
+    """Return queries and keys of one pass, which ends as soon as the last of them are there.
+
+    What follows the last layer (its own attention, the feed-forward network, the output
+    convolution) is never computed.
+
+    Args:
+        unet: the model; it is left as it was found.
+        grids: its token grids by their number of tokens.
+        run: makes the pass.
+        cross: record cross-attention too; otherwise the second list stays empty.
+
+    Returns:
+        the records of self-attention and of cross-attention, in the order of execution.
+    """
+    own: list[AttentionRecord] = []
+    across: list[AttentionRecord] = []
+    layers = attention_layers(unet)
+    count = sum(cross or not layer.is_cross_attention for _, layer in layers)
+    processors = {
+        name: RecordingProcessor(name, grids, own, across if cross else None, count)
+        for name, _ in layers
+    }
+    # Where a layer took another kind of attention than it was built for, the pass runs to its end.
+    with installed(unet, processors), suppress(AllRecorded):
+        run()
+    return own, across
+
+
+class AllRecorded(Exception):
+    """How a pass whose records are complete ends; no error, and seen by no caller."""
+
+
 class InjectedProcessor:
     """Attention with the masks injected; holds no state of a layer, so one serves all."""
 
@@ -173,6 +208,7 @@ class RecordingProcessor:
         grids: Grids,
         records: list[AttentionRecord],
         cross_records: list[AttentionRecord] | None = None,
+        wanted: int | None = None,
     ) -> None:
         """Prepare one layer.
 
@@ -182,11 +218,14 @@ class RecordingProcessor:
             records: the list self-attention is appended to, in the order of execution.
             cross_records: the list cross-attention is appended to; its keys are the prompt's
                 tokens. None keeps none.
+            wanted: the number of records, of both kinds, with which the pass ends; None lets it
+                go on.
         """
         self.layer = layer
         self.grids = grids
         self.records = records
         self.cross_records = cross_records
+        self.wanted = wanted
 
     def __call__(
         self,
@@ -196,13 +235,19 @@ class RecordingProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Float[Tensor, "b n c"]:
-        """Return the layer's output unchanged."""
+        """Return the layer's output unchanged.
+
+        Raises:
+            AllRecorded: all records that are wanted are there.
+        """
         query, key, value = project(attn, hidden_states, encoder_hidden_states, attention_mask)
         kept = self.records if encoder_hidden_states is None else self.cross_records
         if kept is not None:
             grid = self.grids[query.shape[2]]
             scale = query.shape[-1] ** -0.5
             kept.append(AttentionRecord(self.layer, query, key, scale, grid))
+            if len(self.records) + len(self.cross_records or ()) == self.wanted:
+                raise AllRecorded
         mixed = functional.scaled_dot_product_attention(query, key, value)
         return finish(attn, mixed, hidden_states)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from g4seg_pl.backbones.attention import (
     InjectedProcessor,
     Processor,
-    RecordingProcessor,
     attention_layers,
     checkpointed,
     installed,
+    record_attention,
     token_grids,
 )
 from g4seg_pl.backbones.guidance import guidance_embedding
@@ -201,45 +202,34 @@ class StableDiffusion(nn.Module):
     ) -> list[AttentionRecord]:
         """Return queries and keys of every self-attention layer of one pass, in order.
 
+        The pass ends with the last of them.
+
         Args:
             noisy: z_t, of any height and width.
             timestep: t.
             embeddings: one prompt a row.
         """
-        records: list[AttentionRecord] = []
-        self._record_attention(noisy, timestep, embeddings, records, None)
-        return records
+        return self._record_attention(noisy, timestep, embeddings, cross=False)[0]
 
     def attention(
         self, noisy: Float[Tensor, "b c h w"], timestep: int, embeddings: Float[Tensor, "b l d"]
     ) -> tuple[list[AttentionRecord], list[AttentionRecord]]:
         """Return queries and keys of every self- and of every cross-attention layer of one pass.
 
+        The pass ends with the last of them.
+
         Args:
             noisy: z_t, of any height and width.
             timestep: t.
             embeddings: one prompt a row.
         """
-        own: list[AttentionRecord] = []
-        cross: list[AttentionRecord] = []
-        self._record_attention(noisy, timestep, embeddings, own, cross)
-        return own, cross
+        return self._record_attention(noisy, timestep, embeddings, cross=True)
 
     def _record_attention(
-        self,
-        noisy: Tensor,
-        timestep: int,
-        embeddings: Tensor,
-        own: list[AttentionRecord],
-        cross: list[AttentionRecord] | None,
-    ) -> None:
-        grids = self._grids(noisy)
-        layers = {
-            name: RecordingProcessor(name, grids, own, cross)
-            for name, _ in attention_layers(self.unet)
-        }
-        with installed(self.unet, layers):
-            self._call_unet(noisy, timestep, embeddings)
+        self, noisy: Tensor, timestep: int, embeddings: Tensor, *, cross: bool
+    ) -> tuple[list[AttentionRecord], list[AttentionRecord]]:
+        run = partial(self._call_unet, noisy, timestep, embeddings)
+        return record_attention(self.unet, self._grids(noisy), run, cross=cross)
 
     def conditions(
         self, noisy: Float[Tensor, "b c h w"], embeddings: Float[Tensor, "b l d"]

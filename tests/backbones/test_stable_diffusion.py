@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from g4seg_pl.backbones.attention import attention_layers
+from g4seg_pl.backbones.attention import RecordingProcessor, attention_layers, installed
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.core.injection import Injection
-from g4seg_pl.core.protocols import Generator
+from g4seg_pl.core.protocols import AttentionRecord, Generator
 from g4seg_pl.types import ConfigurationError
 
 
@@ -178,6 +178,52 @@ def test_recorded_cross_attention_looks_at_the_prompt(generator: StableDiffusion
         expected = layer.head_to_batch_dim(layer.to_k(embeddings))
         torch.testing.assert_close(record.key.flatten(0, 1), expected, rtol=0, atol=1e-5)
         assert record.query.shape[2] == record.grid[0] * record.grid[1]
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_pass_that_ends_early_records_what_a_whole_one_does(
+    generator: StableDiffusion, cross: bool
+) -> None:
+    noisy, embeddings = torch.randn(1, 4, 10, 14), generator.embed(["A photo of dog"])
+    own: list[AttentionRecord] = []
+    across: list[AttentionRecord] = []
+    whole = {
+        name: RecordingProcessor(name, {140: (10, 14), 35: (5, 7), 12: (3, 4)}, own, across)
+        for name, _ in attention_layers(generator.unet)
+    }
+    before = {name: layer.processor for name, layer in attention_layers(generator.unet)}
+    ran: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in generator.unet.named_modules()
+    ]
+    with torch.no_grad():
+        with installed(generator.unet, whole):
+            generator.denoise(noisy, 100, embeddings)
+        # As they run: the middle block is listed behind those that follow it.
+        last = [name for name in ran if name.endswith(("attn1", "attn2") if cross else "attn1")][-1]
+        ran.clear()
+        if cross:
+            found = generator.attention(noisy, 100, embeddings)
+        else:
+            found = generator.self_attention(noisy, 100, embeddings), across
+    for handle in handles:
+        handle.remove()
+    assert "conv_in" in ran
+    assert not {last, "conv_out", ""} & set(ran)
+    for records, expected in zip(found, (own, across), strict=True):
+        assert [record.layer for record in records] == [record.layer for record in expected]
+        for ours, theirs in zip(records, expected, strict=True):
+            assert torch.equal(ours.query, theirs.query)
+            assert torch.equal(ours.key, theirs.key)
+    assert {name: layer.processor for name, layer in attention_layers(generator.unet)} == before
+
+
+def test_an_error_within_a_recorded_pass_is_not_swallowed(generator: StableDiffusion) -> None:
+    before = {name: layer.processor for name, layer in attention_layers(generator.unet)}
+    with pytest.raises(RuntimeError):
+        generator.self_attention(torch.randn(1, 3, 8, 8), 100, generator.embed([""]))
+    assert {name: layer.processor for name, layer in attention_layers(generator.unet)} == before
 
 
 @pytest.mark.parametrize(
