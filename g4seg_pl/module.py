@@ -12,6 +12,7 @@ from g4seg_pl.backbones.controlnet import ControlNetInjection
 from g4seg_pl.backbones.kinds import check_model
 from g4seg_pl.backbones.loading import resolve_dtype
 from g4seg_pl.backbones.pretrained import load_generator
+from g4seg_pl.backbones.tiny_decoder import check_decoder
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold, compose_label
 from g4seg_pl.core.steps import Correspondence, UpdateStep
 from g4seg_pl.features.base import DenseFeatures
@@ -46,6 +47,8 @@ class G4SegModule(pl.LightningModule):
         revision: branch, tag or commit of a hub id.
         embedded_guidance: w that an LCM's U-Net is told; 0 is no guidance, as everywhere here.
         controlnet: inject masks through a ControlNet instead of attention (Table VIII).
+        decoder: a diffusers folder or hub id of an AutoencoderTiny (TAESD) that decodes instead of
+            the model's own autoencoder; faster, at a price in quality (docs/generators.md).
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class G4SegModule(pl.LightningModule):
         revision: str | None = None,
         embedded_guidance: float = 0.0,
         controlnet: ControlNetInjection | None = None,
+        decoder: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -78,6 +82,7 @@ class G4SegModule(pl.LightningModule):
         self.revision = revision
         self.embedded_guidance = embedded_guidance
         self.controlnet = controlnet
+        self.decoder = decoder
         self.generator: nn.Module | None = None
         self.strict_loading = False
         self._refiner: G4SegRefiner | None = None
@@ -99,6 +104,7 @@ class G4SegModule(pl.LightningModule):
             "revision": self.revision,
             "embedded_guidance": self.embedded_guidance,
             "controlnet": self.controlnet,
+            "decoder": self.decoder,
         }
 
     def setup(self, stage: str) -> None:
@@ -116,6 +122,8 @@ class G4SegModule(pl.LightningModule):
         self._require_streaming()
         if self._has_work():
             check_model(self.model, self.revision)
+            if self.decoder is not None:
+                check_decoder(self.decoder, self.model, self.revision)
             if self.controlnet is not None:
                 classes = getattr(getattr(self._trainer, "datamodule", None), "class_list", None)
                 names = () if classes is None else classes.prompts
@@ -127,7 +135,7 @@ class G4SegModule(pl.LightningModule):
             return
         dtype = resolve_dtype(self.number_format, self.device)
         plain = load_generator(
-            self.model, dtype, self.variant, self.revision, self.embedded_guidance
+            self.model, dtype, self.variant, self.revision, self.embedded_guidance, self.decoder
         )
         self.features.load(plain.vae)
         self.features.to(dtype)

@@ -106,6 +106,7 @@ class G4SegRefiner:
         seed: int = 0,
         prompt_template: str = "A photo of {}",
         masks_per_pass: int = 8,
+        decoder: str | None = None,
     ) -> "G4SegRefiner":
         """Load a Stable Diffusion 1.x or 2.x model, an LCM or SDXL, told apart by its files.
 
@@ -120,13 +121,15 @@ class G4SegRefiner:
             seed: the run's seed.
             prompt_template: the prompt, with one ``{}`` for the class.
             masks_per_pass: how many masks at most enter a network at once.
+            decoder: folder or hub id of an AutoencoderTiny (TAESD) that decodes instead of the
+                model's own autoencoder.
 
         Raises:
             ConfigurationError: a model cannot be loaded; the message names the remedy.
         """
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         number_format = resolve_dtype(dtype, place)
-        generator = load_generator(str(model), number_format, variant).to(place)
+        generator = load_generator(str(model), number_format, variant, decoder=decoder).to(place)
         features = VAEFeatures() if features is None else features
         features.load(generator.vae)
         features.to(place, number_format)
