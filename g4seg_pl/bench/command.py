@@ -21,6 +21,7 @@ PARTS = {
     "resume": "g4seg_pl.bench.resume:resume",
     "waiting": "g4seg_pl.bench.waiting:waiting",
     "steps": "g4seg_pl.bench.steps:steps",
+    "decoder": "g4seg_pl.bench.decoder:decoder",
     "processes": "g4seg_pl.bench.processes:processes",
     "contest": "g4seg_pl.bench.contest:contest",
 }
