@@ -35,6 +35,7 @@ lab: .venv/test.stamp
 	$(LAB) sensitivity likelihood signals words --kinds gradcam --noise-seeds 1
 	$(LAB) open_vocabulary --noise-seeds 1
 	$(LAB) makers --images 150 --noise-seeds 1
+	$(LAB) decoders --kinds gradcam --noise-seeds 1
 	$(LAB) costs failures signal_pictures report
 
 # Trains fifteen small networks; resumes where it was killed.

@@ -20,6 +20,7 @@ ORDER = (
     "likelihood",
     "words",
     "open_vocabulary",
+    "decoders",
     "costs",
 )
 HEAD = """# Results
