@@ -44,7 +44,8 @@ def decoders(lab: Lab, tiny: Path = TINY_DECODER) -> Table:
                 rows.append(row)
     note = (
         "PSNR: the images' own latents decoded, in dB. Settings are those chosen with the full "
-        "decoder. `over full` is the tiny decoder's mIoU less the full one's, paired by image."
+        "decoder. `over full` is the tiny decoder's mIoU less the full one's, paired by image. "
+        "Seconds tell nothing here, where the full decoder is small too (docs/benchmarks.md)."
     )
     title = "The paper's update by a tiny decoder"
     return Table(
