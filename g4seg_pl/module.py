@@ -15,6 +15,7 @@ from g4seg_pl.backbones.pretrained import load_generator
 from g4seg_pl.backbones.tiny_decoder import check_decoder
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold, compose_label
 from g4seg_pl.core.steps import Correspondence, UpdateStep
+from g4seg_pl.feature_cache import check_folder, open_cache
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.refiner import G4SegRefiner, Refinement
@@ -49,6 +50,8 @@ class G4SegModule(pl.LightningModule):
         controlnet: inject masks through a ControlNet instead of attention (Table VIII).
         decoder: a diffusers folder or hub id of an AutoencoderTiny (TAESD) that decodes instead of
             the model's own autoencoder; faster, at a price in quality (docs/generators.md).
+        cache_features: folder that keeps latents and features of images, so that refining the same
+            ones again, with other steps or seeds, need not encode them.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class G4SegModule(pl.LightningModule):
         embedded_guidance: float = 0.0,
         controlnet: ControlNetInjection | None = None,
         decoder: str | None = None,
+        cache_features: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -83,6 +87,7 @@ class G4SegModule(pl.LightningModule):
         self.embedded_guidance = embedded_guidance
         self.controlnet = controlnet
         self.decoder = decoder
+        self.cache_features = cache_features
         self.generator: nn.Module | None = None
         self.strict_loading = False
         self._refiner: G4SegRefiner | None = None
@@ -105,6 +110,8 @@ class G4SegModule(pl.LightningModule):
             "embedded_guidance": self.embedded_guidance,
             "controlnet": self.controlnet,
             "decoder": self.decoder,
+            # Where they are kept changes nothing; that they are rounds them to float16.
+            "cache_features": self.cache_features is not None,
         }
 
     def setup(self, stage: str) -> None:
@@ -124,6 +131,8 @@ class G4SegModule(pl.LightningModule):
             check_model(self.model, self.revision)
             if self.decoder is not None:
                 check_decoder(self.decoder, self.model, self.revision)
+            if self.cache_features is not None:
+                check_folder(self.cache_features)
             if self.controlnet is not None:
                 classes = getattr(getattr(self._trainer, "datamodule", None), "class_list", None)
                 names = () if classes is None else classes.prompts
@@ -142,6 +151,9 @@ class G4SegModule(pl.LightningModule):
         control = self.controlnet
         generator = plain if control is None else control.load(plain, dtype)
         self.generator = generator
+        cache = None
+        if self.cache_features is not None:
+            cache = open_cache(self.cache_features, plain.vae, self.features)
         self._refiner = G4SegRefiner(
             generator,
             self.features,
@@ -149,6 +161,7 @@ class G4SegModule(pl.LightningModule):
             seed=self.seed,
             prompt_template=self.prompt_template,
             masks_per_pass=self.masks_per_pass,
+            cache=cache,
         )
 
     def predict_step(

@@ -22,6 +22,7 @@ PARTS = {
     "waiting": "g4seg_pl.bench.waiting:waiting",
     "steps": "g4seg_pl.bench.steps:steps",
     "decoder": "g4seg_pl.bench.decoder:decoder",
+    "cache": "g4seg_pl.bench.cache:cache",
     "processes": "g4seg_pl.bench.processes:processes",
     "contest": "g4seg_pl.bench.contest:contest",
 }
