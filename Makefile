@@ -42,6 +42,7 @@ lab: .venv/test.stamp $(CHECKPOINTS)
 	$(LAB) words --kinds gradcam --noise-seeds 1 --checkpoints $(CHECKPOINTS)
 	$(LAB) open_vocabulary --noise-seeds 1
 	$(LAB) makers --images 150 --noise-seeds 1
+	$(LAB) decoders --kinds gradcam --noise-seeds 1
 	$(LAB) costs failures signal_pictures report
 
 $(CHECKPOINTS):

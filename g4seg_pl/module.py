@@ -12,8 +12,10 @@ from g4seg_pl.backbones.controlnet import ControlNetInjection
 from g4seg_pl.backbones.kinds import check_model
 from g4seg_pl.backbones.loading import resolve_dtype
 from g4seg_pl.backbones.pretrained import load_generator
+from g4seg_pl.backbones.tiny_decoder import check_decoder
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold, compose_label
 from g4seg_pl.core.steps import Correspondence, UpdateStep
+from g4seg_pl.feature_cache import check_folder, open_cache
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.refiner import G4SegRefiner, Refinement
@@ -46,6 +48,10 @@ class G4SegModule(pl.LightningModule):
         revision: branch, tag or commit of a hub id.
         embedded_guidance: w that an LCM's U-Net is told; 0 is no guidance, as everywhere here.
         controlnet: inject masks through a ControlNet instead of attention (Table VIII).
+        decoder: a diffusers folder or hub id of an AutoencoderTiny (TAESD) that decodes instead of
+            the model's own autoencoder; faster, at a price in quality (docs/generators.md).
+        cache_features: folder that keeps latents and features of images, so that refining the same
+            ones again, with other steps or seeds, need not encode them.
     """
 
     def __init__(
@@ -62,6 +68,8 @@ class G4SegModule(pl.LightningModule):
         revision: str | None = None,
         embedded_guidance: float = 0.0,
         controlnet: ControlNetInjection | None = None,
+        decoder: str | None = None,
+        cache_features: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -78,6 +86,8 @@ class G4SegModule(pl.LightningModule):
         self.revision = revision
         self.embedded_guidance = embedded_guidance
         self.controlnet = controlnet
+        self.decoder = decoder
+        self.cache_features = cache_features
         self.generator: nn.Module | None = None
         self.strict_loading = False
         self._refiner: G4SegRefiner | None = None
@@ -99,6 +109,9 @@ class G4SegModule(pl.LightningModule):
             "revision": self.revision,
             "embedded_guidance": self.embedded_guidance,
             "controlnet": self.controlnet,
+            "decoder": self.decoder,
+            # Where they are kept changes nothing; that they are rounds them to float16.
+            "cache_features": self.cache_features is not None,
         }
 
     def setup(self, stage: str) -> None:
@@ -116,6 +129,10 @@ class G4SegModule(pl.LightningModule):
         self._require_streaming()
         if self._has_work():
             check_model(self.model, self.revision)
+            if self.decoder is not None:
+                check_decoder(self.decoder, self.model, self.revision)
+            if self.cache_features is not None:
+                check_folder(self.cache_features)
             if self.controlnet is not None:
                 classes = getattr(getattr(self._trainer, "datamodule", None), "class_list", None)
                 names = () if classes is None else classes.prompts
@@ -127,13 +144,16 @@ class G4SegModule(pl.LightningModule):
             return
         dtype = resolve_dtype(self.number_format, self.device)
         plain = load_generator(
-            self.model, dtype, self.variant, self.revision, self.embedded_guidance
+            self.model, dtype, self.variant, self.revision, self.embedded_guidance, self.decoder
         )
         self.features.load(plain.vae)
         self.features.to(dtype)
         control = self.controlnet
         generator = plain if control is None else control.load(plain, dtype)
         self.generator = generator
+        cache = None
+        if self.cache_features is not None:
+            cache = open_cache(self.cache_features, plain.vae, self.features)
         self._refiner = G4SegRefiner(
             generator,
             self.features,
@@ -141,6 +161,7 @@ class G4SegModule(pl.LightningModule):
             seed=self.seed,
             prompt_template=self.prompt_template,
             masks_per_pass=self.masks_per_pass,
+            cache=cache,
         )
 
     def predict_step(

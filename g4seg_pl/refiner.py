@@ -12,10 +12,11 @@ from torch import Tensor
 from g4seg_pl.backbones.loading import NumberFormat, resolve_dtype
 from g4seg_pl.backbones.pretrained import load_generator
 from g4seg_pl.core.context import RefinementContext
-from g4seg_pl.core.protocols import FeatureExtractor, Generator
+from g4seg_pl.core.protocols import FeatureExtractor, Generator, ImageCache
 from g4seg_pl.core.refine import RefinementState, refine
 from g4seg_pl.core.resize import apply_change, image_to_working, masks_to_working
 from g4seg_pl.core.steps import UpdateStep
+from g4seg_pl.feature_cache import check_folder, open_cache
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.pictures import PictureLike, mask_to_tensor, picture_to_tensor, tensor_like
@@ -59,6 +60,7 @@ class G4SegRefiner:
         prompt_template: the prompt, with one ``{}`` for the class.
         masks_per_pass: how many masks at most enter a network at once: the bound on memory.
         working_size: side in pixels of the square that images are refined at.
+        cache: keeps what depends on an image alone from run to run; None keeps nothing.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class G4SegRefiner:
         prompt_template: str = "A photo of {}",
         masks_per_pass: int = 8,
         working_size: int | None = None,
+        cache: ImageCache | None = None,
     ) -> None:
         """Put loaded parts together.
 
@@ -82,6 +85,7 @@ class G4SegRefiner:
             prompt_template: the prompt, with one ``{}`` for the class.
             masks_per_pass: how many masks at most enter a network at once.
             working_size: side of the working square in pixels; None for the generator's own.
+            cache: such as ``feature_cache.FeatureCache``.
         """
         self.generator = generator
         self.features = features
@@ -90,6 +94,7 @@ class G4SegRefiner:
         self.prompt_template = prompt_template
         self.masks_per_pass = masks_per_pass
         self.working_size = working_size or generator.image_size
+        self.cache = cache
         self._prompt_embeddings: dict[str, Tensor] = {}
 
     @classmethod
@@ -106,6 +111,8 @@ class G4SegRefiner:
         seed: int = 0,
         prompt_template: str = "A photo of {}",
         masks_per_pass: int = 8,
+        decoder: str | None = None,
+        cache_features: str | None = None,
     ) -> "G4SegRefiner":
         """Load a Stable Diffusion 1.x or 2.x model, an LCM or SDXL, told apart by its files.
 
@@ -120,16 +127,25 @@ class G4SegRefiner:
             seed: the run's seed.
             prompt_template: the prompt, with one ``{}`` for the class.
             masks_per_pass: how many masks at most enter a network at once.
+            decoder: folder or hub id of an AutoencoderTiny (TAESD) that decodes instead of the
+                model's own autoencoder.
+            cache_features: folder that keeps latents and features of images, so that refining
+                the same ones again need not encode them.
 
         Raises:
             ConfigurationError: a model cannot be loaded; the message names the remedy.
         """
+        if cache_features is not None:
+            check_folder(cache_features)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         number_format = resolve_dtype(dtype, place)
-        generator = load_generator(str(model), number_format, variant).to(place)
+        generator = load_generator(str(model), number_format, variant, decoder=decoder).to(place)
         features = VAEFeatures() if features is None else features
         features.load(generator.vae)
         features.to(place, number_format)
+        cache = None
+        if cache_features is not None:
+            cache = open_cache(cache_features, generator.vae, features)
         return cls(
             generator,
             features,
@@ -137,6 +153,7 @@ class G4SegRefiner:
             seed=seed,
             prompt_template=prompt_template,
             masks_per_pass=masks_per_pass,
+            cache=cache,
         )
 
     def with_steps(self, steps: Sequence[UpdateStep]) -> "G4SegRefiner":
@@ -149,6 +166,7 @@ class G4SegRefiner:
             prompt_template=self.prompt_template,
             masks_per_pass=self.masks_per_pass,
             working_size=self.working_size,
+            cache=self.cache,
         )
 
     def refine(
@@ -255,6 +273,7 @@ class G4SegRefiner:
             prompt_template=self.prompt_template,
             masks_per_pass=self.masks_per_pass,
             prompt_embeddings=self._prompt_embeddings,
+            cache=self.cache,
         )
 
 

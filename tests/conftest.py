@@ -26,6 +26,7 @@ install_import_hook(
 import torch  # noqa: E402
 from diffusers import (  # noqa: E402
     AutoencoderKL,
+    AutoencoderTiny,
     ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -236,6 +237,28 @@ def write_controlnet(folder: Path, model: Path) -> Path:
                 torch.nn.init.normal_(weight, std=0.2)
     net.save_pretrained(folder)
     return folder
+
+
+def write_tiny_decoder(folder: Path, **options: Any) -> Path:
+    """Write an AutoencoderTiny for the latents of ``write_vae``, its pictures beyond [-1, 1]."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        tiny = AutoencoderTiny(
+            encoder_block_out_channels=(4, 4, 4),
+            num_encoder_blocks=(0, 0, 0),
+            decoder_block_out_channels=(8, 8, 8),
+            num_decoder_blocks=(1, 1, 1),
+            **options,
+        )
+        torch.nn.init.normal_(tiny.decoder.layers[-1].weight, std=0.5)
+    tiny.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An AutoencoderTiny that decodes any of these models' latents."""
+    return write_tiny_decoder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

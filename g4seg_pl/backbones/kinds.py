@@ -55,14 +55,18 @@ def check_model(model: str, revision: str | None = None, kinds: Sequence[Kind] =
     return kind
 
 
-def require_hub_id(model: str) -> None:
+def require_hub_id(model: str, what: str = "model") -> None:
     """Refuse what is neither a folder nor looks like a hub id.
+
+    Args:
+        model: the name.
+        what: the argument it was given for.
 
     Raises:
         ConfigurationError: names it.
     """
     if not _HUB_ID.fullmatch(model):
-        message = f"model {model!r} is no folder; give a diffusers folder or a hub id owner/name"
+        message = f"{what} {model!r} is no folder; give a diffusers folder or a hub id owner/name"
         raise ConfigurationError(message)
 
 

@@ -5,10 +5,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from g4seg_pl.backbones.kinds import KINDS, Kind, check_model, read_part
+from g4seg_pl.backbones.tiny_decoder import check_decoder, load_decoder
 from g4seg_pl.types import ConfigurationError
 
 NumberFormat = Literal["auto", "float32", "bfloat16", "float16"]
@@ -25,16 +32,17 @@ _SCHEDULE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Components:
     """The parts of a Stable Diffusion model that the method uses.
 
     Attributes:
         unet: the denoiser.
-        vae: the autoencoder.
+        vae: the autoencoder; only its encoder where there is another decoder.
         text_encoder: CLIP's text model.
         tokenizer: its tokenizer.
         scheduler: the noise schedule the model was trained with.
+        decoder: decodes instead of the autoencoder; None if the autoencoder does.
     """
 
     unet: UNet2DConditionModel
@@ -42,9 +50,10 @@ class Components:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler
+    decoder: AutoencoderTiny | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComponentsXL(Components):
     """The parts of SDXL that the method uses.
 
@@ -65,6 +74,7 @@ def load_components(
     variant: str | None = None,
     revision: str | None = None,
     kinds: tuple[Kind, ...] = KINDS,
+    decoder: str | None = None,
 ) -> Components:
     """Load U-Net, autoencoder, text encoders, tokenizers and schedule; never the whole pipeline.
 
@@ -75,6 +85,8 @@ def load_components(
         variant: the weight files' variant, such as ``fp16``.
         revision: branch, tag or commit of a hub id.
         kinds: what the caller can use.
+        decoder: folder or hub id of an AutoencoderTiny that decodes instead of the autoencoder,
+            whose own decoder is not kept then.
 
     Returns:
         ``ComponentsXL`` for SDXL.
@@ -84,6 +96,8 @@ def load_components(
             and the remedy, and no weights have been loaded.
     """
     kind = check_model(model, revision, kinds)
+    if decoder is not None:
+        check_decoder(decoder, model, revision)
     model = str(Path(model).expanduser()) if model.startswith("~") else model
     place = {"revision": revision} if revision else {}
     files = place | ({"variant": variant} if variant else {})
@@ -100,7 +114,10 @@ def load_components(
         ),
         "tokenizer": read_part(model, "tokenizer", CLIPTokenizer.from_pretrained, **place),
         "scheduler": scheduler,
+        "decoder": None if decoder is None else load_decoder(decoder, dtype),
     }
+    if decoder is not None:
+        del parts["vae"].decoder, parts["vae"].post_quant_conv
     if kind == "stable_diffusion":
         return Components(**parts)
     return ComponentsXL(

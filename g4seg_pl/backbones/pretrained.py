@@ -13,6 +13,7 @@ def load_generator(
     variant: str | None = None,
     revision: str | None = None,
     embedded_guidance: float = 0.0,
+    decoder: str | None = None,
 ) -> StableDiffusion:
     """Load Stable Diffusion 1.x or 2.x, an LCM with their layout, or SDXL.
 
@@ -22,10 +23,12 @@ def load_generator(
         variant: the weight files' variant, such as ``fp16``.
         revision: branch, tag or commit of a hub id.
         embedded_guidance: w of an LCM; 0 is no guidance.
+        decoder: folder or hub id of an AutoencoderTiny that decodes instead of the model's own
+            autoencoder.
 
     Raises:
         ConfigurationError: a part is missing or of another kind of model.
     """
     kind = check_model(model, revision)
     made = StableDiffusionXL if kind == "sdxl" else StableDiffusion
-    return made.from_pretrained(model, dtype, variant, revision, embedded_guidance)
+    return made.from_pretrained(model, dtype, variant, revision, embedded_guidance, decoder)

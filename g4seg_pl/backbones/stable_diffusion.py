@@ -55,6 +55,8 @@ class Residuals:
 class StableDiffusion(nn.Module):
     """The U-Net, autoencoder and text encoder of one model, frozen, as submodules.
 
+    ``decoder`` is an AutoencoderTiny that decodes in place of the autoencoder, or None.
+
     Latents are float32 (or whatever the caller gives ``denoise``) outside the networks, whatever
     number format the weights have.
     """
@@ -78,6 +80,8 @@ class StableDiffusion(nn.Module):
         super().__init__()
         self.unet = components.unet.to(memory_format=torch.channels_last)
         self.vae = components.vae.to(memory_format=torch.channels_last)
+        tiny = components.decoder
+        self.decoder = None if tiny is None else tiny.to(memory_format=torch.channels_last)
         self.text_encoder = components.text_encoder
         self.tokenizer = components.tokenizer
         schedule = components.scheduler
@@ -95,6 +99,7 @@ class StableDiffusion(nn.Module):
         variant: str | None = None,
         revision: str | None = None,
         embedded_guidance: float = 0.0,
+        decoder: str | None = None,
     ) -> "StableDiffusion":
         """Load from a diffusers folder or hub id.
 
@@ -104,11 +109,13 @@ class StableDiffusion(nn.Module):
             variant: the weight files' variant, such as ``fp16``.
             revision: branch, tag or commit of a hub id.
             embedded_guidance: w of an LCM; 0 is no guidance.
+            decoder: folder or hub id of an AutoencoderTiny that decodes instead of the model's
+                own autoencoder.
 
         Raises:
             ConfigurationError: a part is missing or of another kind of model.
         """
-        components = load_components(model, dtype, variant, revision, (cls._kind,))
+        components = load_components(model, dtype, variant, revision, (cls._kind,), decoder)
         return cls(components, embedded_guidance)
 
     @property
@@ -138,9 +145,11 @@ class StableDiffusion(nn.Module):
         Args:
             latents: scaled, as ``encode`` returns them.
         """
-        config = self.vae.config
+        network = self.vae if self.decoder is None else self.decoder
+        # Each by its own numbers: a tiny decoder's scaling factor is 1.
+        config = network.config
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0)
-        images: Tensor = self.vae.decode(self._laid_out(unscaled, self.vae)).sample
+        images: Tensor = network.decode(self._laid_out(unscaled, network)).sample
         return _at_least_float32(images).clamp(-1, 1)
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "b l d"]:

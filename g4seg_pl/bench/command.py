@@ -21,6 +21,8 @@ PARTS = {
     "resume": "g4seg_pl.bench.resume:resume",
     "waiting": "g4seg_pl.bench.waiting:waiting",
     "steps": "g4seg_pl.bench.steps:steps",
+    "decoder": "g4seg_pl.bench.decoder:decoder",
+    "cache": "g4seg_pl.bench.cache:cache",
     "processes": "g4seg_pl.bench.processes:processes",
     "memory": "g4seg_pl.bench.memory:memory",
     "contest": "g4seg_pl.bench.contest:contest",

@@ -16,6 +16,7 @@ class Size:
         native: height and width of the image files.
         unet: arguments of diffusers' ``UNet2DConditionModel``.
         vae: arguments of diffusers' ``AutoencoderKL``.
+        tiny: arguments of diffusers' ``AutoencoderTiny``, which decodes the same latents.
         text: arguments of transformers' ``CLIPTextConfig``.
         clip: arguments of transformers' ``CLIPVisionConfig``, the image encoder F.
         half: whether weights are stored in bfloat16, to halve the files.
@@ -26,6 +27,7 @@ class Size:
     native: tuple[int, int]
     unet: dict[str, Any]
     vae: dict[str, Any]
+    tiny: dict[str, Any]
     text: dict[str, Any]
     clip: dict[str, Any]
     half: bool
@@ -58,6 +60,12 @@ TINY = Size(
         "norm_num_groups": 4,
         "latent_channels": 4,
         "sample_size": 128,
+    },
+    tiny={
+        "encoder_block_out_channels": (4, 4, 4),
+        "num_encoder_blocks": (0, 0, 0),
+        "decoder_block_out_channels": (4, 4, 4),
+        "num_decoder_blocks": (1, 1, 1),
     },
     text={
         "hidden_size": 32,
@@ -98,6 +106,13 @@ SD21 = Size(
         "layers_per_block": 2,
         "latent_channels": 4,
         "sample_size": 512,
+    },
+    # TAESD's: diffusers' own defaults, named here.
+    tiny={
+        "encoder_block_out_channels": (64, 64, 64, 64),
+        "num_encoder_blocks": (1, 3, 3, 3),
+        "decoder_block_out_channels": (64, 64, 64, 64),
+        "num_decoder_blocks": (3, 3, 3, 1),
     },
     text={
         "hidden_size": 1024,

@@ -1,7 +1,7 @@
 """What update steps share about a batch of images: everything is computed on first use, once."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from g4seg_pl.core.diffusion import seeded_noise
-from g4seg_pl.core.protocols import FeatureExtractor, Generator
+from g4seg_pl.core.protocols import FeatureExtractor, Generator, ImageCache
 
 _NAME = "{}"
 
@@ -39,6 +39,8 @@ class RefinementContext:
             no prompt is embedded twice in a run.
         first_draw: added to the number of every draw of noise, so that the same steps can be run
             again under other noise.
+        cache: keeps latents and reference features from run to run, of just this generator and
+            these features; None keeps nothing.
     """
 
     images: Float[Tensor, "B 3 H W"]
@@ -52,6 +54,7 @@ class RefinementContext:
     masks_per_pass: int = 8
     prompt_embeddings: dict[str, Tensor] = field(default_factory=dict)
     first_draw: int = 0
+    cache: ImageCache | None = None
     _lasting: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _artifacts: dict[str, Tensor] | None = field(default=None, init=False, repr=False)
 
@@ -73,10 +76,7 @@ class RefinementContext:
     @cached_property
     def latents(self) -> Float[Tensor, "B c h w"]:
         """z₀ of every image, scaled, float32."""
-        with torch.inference_mode(mode=False), torch.no_grad():
-            images = self.images.clone()
-            parts = [self.generator.encode(images[part]) for part in self.parts(len(images))]
-            return torch.cat(parts)
+        return self._of_images("latents", self.generator.encode)
 
     @cached_property
     def reference_features(self) -> Float[Tensor, "B c h w"]:
@@ -85,9 +85,17 @@ class RefinementContext:
         Raises:
             ValueError: the context has no feature extractor.
         """
+        return self._of_images("reference_features", self.extract)
+
+    def _of_images(self, name: str, network: Callable[[Tensor], Tensor]) -> Tensor:
+        def compute(images: Tensor) -> Tensor:
+            return torch.cat([network(images[part]) for part in self.parts(len(images))])
+
         with torch.inference_mode(mode=False), torch.no_grad():
             images = self.images.clone()
-            return torch.cat([self.extract(images[part]) for part in self.parts(len(images))])
+            if self.cache is None:
+                return compute(images)
+            return self.cache.fetch(name, images, compute)
 
     def extract(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """Return F of generated images.

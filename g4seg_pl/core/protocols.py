@@ -1,6 +1,6 @@
 """What the method asks of a text-to-image model and of a feature extractor."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -98,3 +98,16 @@ class FeatureExtractor(Protocol):
 
     def __call__(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """Return dense float32 features of images in [-1, 1] of any size."""
+
+
+@runtime_checkable
+class ImageCache(Protocol):
+    """Keeps what depends on an image alone from one run to the next."""
+
+    def fetch(
+        self,
+        name: str,
+        images: Float[Tensor, "b 3 H W"],
+        compute: Callable[[Float[Tensor, "m 3 H W"]], Float[Tensor, "m c h w"]],
+    ) -> Float[Tensor, "b c h w"]:
+        """Return what ``compute`` makes of images, float32, computing only what is not kept."""

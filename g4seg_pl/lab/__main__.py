@@ -15,6 +15,7 @@ from g4seg_pl.lab.report import write_report
 from g4seg_pl.lab.signal_pictures import signal_pictures
 from g4seg_pl.lab.sources import SEED_KINDS, SeedKind
 from g4seg_pl.lab.table import Table
+from g4seg_pl.lab.tables.decoders import decoders
 from g4seg_pl.lab.tables.explanation import claim
 from g4seg_pl.lab.tables.groups import groups
 from g4seg_pl.lab.tables.judging import likelihood
@@ -29,7 +30,7 @@ from g4seg_pl.lab.tables.refinement import (
 )
 from g4seg_pl.lab.tables.words import open_vocabulary, words
 from g4seg_pl.types import G4SegError
-from g4seg_pl.world.folders import CLIP, GENERATOR
+from g4seg_pl.world.folders import CLIP, GENERATOR, TINY_DECODER
 
 TABLES: dict[str, Callable[[Lab], Table]] = {
     "claim": claim,
@@ -43,6 +44,7 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "words": words,
     "likelihood": likelihood,
     "open_vocabulary": open_vocabulary,
+    "decoders": decoders,
     "costs": costs,
 }
 OTHERS = ("choose", "all", "report", "failures", "signal_pictures")
@@ -65,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kinds", nargs="+", choices=SEED_KINDS, default=MAIN_KINDS)
     made.add_argument("--only", nargs="+", default=None, help="ways to choose anew")
     made.add_argument("--checkpoints", nargs="+", type=Path, default=(), help="for `words`")
+    made.add_argument("--decoder", type=Path, default=TINY_DECODER, help="for `decoders`")
     made.add_argument("--pictures", type=Path, default=SIGNAL_PICTURES, help="of `signal_pictures`")
     made.add_argument("--resamples", type=int, default=1000)
     made.add_argument("--quiet", action="store_true")
@@ -115,10 +118,17 @@ def _run(name: str, lab: Lab, options: argparse.Namespace) -> None:
             print(failures(lab, options.results))
         case "signal_pictures":
             print(signal_pictures(lab, options.pictures))
+        case "words":
+            _write(words(lab, options.checkpoints), lab)
+        case "decoders":
+            _write(decoders(lab, options.decoder), lab)
         case _:
-            made = words(lab, options.checkpoints) if name == "words" else TABLES[name](lab)
-            made.write(lab.results)
-            print(made.markdown(), flush=True)
+            _write(TABLES[name](lab), lab)
+
+
+def _write(table: Table, lab: Lab) -> None:
+    table.write(lab.results)
+    print(table.markdown(), flush=True)
 
 
 if __name__ == "__main__":

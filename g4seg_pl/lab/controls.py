@@ -86,6 +86,7 @@ class WithFeatures:
         self.features.to(context.images.device)
         other = copy.copy(context)
         other.features = self.features
+        other.cache = None  # it knows the run's own extractor
         other.__dict__.pop("reference_features", None)
         if name not in kept:
             kept[name] = other.reference_features

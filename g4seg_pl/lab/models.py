@@ -23,6 +23,7 @@ class Models:
         device: None takes a GPU if there is one.
         prompt_template: the prompt, with one ``{}`` for the class.
         masks_per_pass: how many masks enter a network at once.
+        decoder: an AutoencoderTiny that decodes instead of the generator's autoencoder.
     """
 
     generator: str | Path = GENERATOR
@@ -30,6 +31,7 @@ class Models:
     device: str | None = None
     prompt_template: str = "A photo of {}"
     masks_per_pass: int = 32
+    decoder: str | Path | None = None
     _refiners: dict[str, G4SegRefiner] = field(default_factory=dict, init=False, repr=False)
 
     def refiner(self, features: DenseFeatures | None = None) -> G4SegRefiner:
@@ -63,6 +65,7 @@ class Models:
             device=self.device,
             prompt_template=self.prompt_template,
             masks_per_pass=self.masks_per_pass,
+            decoder=None if self.decoder is None else str(self.decoder),
         )
 
     @cached_property
@@ -84,7 +87,9 @@ class Models:
 
     def identity(self, features: DenseFeatures | None) -> Json:
         """What results depend on besides the settings of a way."""
-        return {
+        # Results without a tiny decoder keep the names they had before there was one.
+        decoder = {} if self.decoder is None else {"decoder": _identity(self.decoder)}
+        return decoder | {
             "generator": self.generator_identity,
             "features": describe(features or VAEFeatures()),
             "features_weights": _identity(getattr(features, "model", "none")),

@@ -24,6 +24,7 @@ ORDER = (
     "likelihood",
     "words",
     "open_vocabulary",
+    "decoders",
     "costs",
 )
 HEAD = """# Results

@@ -16,6 +16,7 @@ from g4seg_pl.world.clip import PREPROCESS, clip_config
 from g4seg_pl.world.data import DEFAULT_CACHE
 from g4seg_pl.world.folders import WEIGHTS
 from g4seg_pl.world.text import write_tokenizer
+from g4seg_pl.world.tiny import TinyDecoderTask
 from g4seg_pl.world.train import classifier_weights, load_tokenizer, load_vae
 from g4seg_pl.world.unet import MODEL_INDEX, TextToLatent, build_scheduler
 
@@ -80,10 +81,17 @@ def export_classifier(out: Path, name: Literal["teacher", "judge"], target: Path
     save_file(weights, target / "model.safetensors")
 
 
+def export_tiny(out: Path, target: Path) -> None:
+    """Write a folder that ``AutoencoderTiny.from_pretrained`` loads, the last checkpoint's."""
+    task = TinyDecoderTask()
+    task.load_state_dict(torch.load(out / "tiny" / "last.ckpt", weights_only=True)["state_dict"])
+    task.tiny.save_pretrained(target)
+
+
 def main() -> None:
     """Fill the package's weights: ``python -m g4seg_pl.world.export generator`` and the like."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("what", choices=["teacher", "judge", "clip", "generator"])
+    parser.add_argument("what", choices=["teacher", "judge", "clip", "generator", "tiny"])
     parser.add_argument("--out", type=Path, default=Path("outputs/world/train"))
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--target", type=Path, default=WEIGHTS)
@@ -93,6 +101,9 @@ def main() -> None:
         return
     if options.what == "clip":
         export_clip(options.out, options.target / "clip")
+        return
+    if options.what == "tiny":
+        export_tiny(options.out, options.target / "tiny_decoder")
         return
     scale = json.loads((options.cache / "scaling_factor.json").read_text())["scaling_factor"]
     export_generator(options.out, scale, options.target / "generator")

@@ -2,7 +2,7 @@
 
 Each stage is a LightningModule that resumes from its last checkpoint whenever it is started again,
 on a CPU (bf16 autocast) or a GPU. The order is teacher, vae, latents, unet; clip needs the teacher
-only, and the judge, which measures the others, stands apart.
+only, tiny the latents, and the judge, which measures the others, stands apart.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from g4seg_pl.world.clip import ClipTask
 from g4seg_pl.world.data import DEFAULT_CACHE, held_out, load_shards, split_row
 from g4seg_pl.world.folders import GENERATOR, JUDGE, TEACHER
 from g4seg_pl.world.text import write_tokenizer
+from g4seg_pl.world.tiny import ScenesWithLatents, TinyDecoderTask, held_out_latents
 from g4seg_pl.world.unet import LatentBatches, UNetTask
 
 BATCH = 64
@@ -156,6 +157,19 @@ def train_decoder(options: argparse.Namespace) -> None:
     fit(task, options.out / "decoder", steps, _scene_loaders(options, batch=8))
 
 
+def train_tiny(options: argparse.Namespace) -> None:
+    """The tiny decoder of the same latents; needs the teacher, the autoencoder and the latents."""
+    steps = options.steps or 3500
+    scale = json.loads((options.cache / "scaling_factor.json").read_text())["scaling_factor"]
+    images, latents = held_out_latents(load_vae(options.out), scale)
+    loaders = (
+        DataLoader(ScenesWithLatents(options.cache, batch=8), None),
+        DataLoader(TensorDataset(images, latents), 64),
+    )
+    task = TinyDecoderTask(load_teacher(options.out), steps=steps)
+    fit(task, options.out / "tiny", steps, loaders)
+
+
 def train_clip(options: argparse.Namespace) -> None:
     """The CLIP; needs the teacher."""
     steps = options.steps or 5000
@@ -262,6 +276,7 @@ def main() -> None:
         "vae": train_vae,
         "decoder": train_decoder,
         "latents": encode_latents,
+        "tiny": train_tiny,
         "clip": train_clip,
         "unet": train_unet,
     }

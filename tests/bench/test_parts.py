@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from g4seg_pl.bench import command, resume, scaling
+from g4seg_pl.bench import cache, command, decoder, resume, scaling
 from g4seg_pl.bench.allocation import peak_allocated
 from g4seg_pl.bench.injection import injection
 from g4seg_pl.bench.match import dense_match, match
@@ -55,6 +55,43 @@ def test_every_step_has_its_rows(setting: Setting) -> None:
     assert all(f"steps: {name}, memory" in rows for name in STEPS)
     assert all(f"steps: {name} / paper" in rows for name in STEPS if name != "paper")
     assert all(row.value is not None and row.value > 0 for row in rows.values())
+
+
+def test_decoders_are_both_weighed_and_the_models_own_is_put_back(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[bool] = []
+    refine = decoder.refine_once
+
+    def watched(*arguments: Any) -> None:
+        used.append(setting.generator.decoder is not None)
+        refine(*arguments)
+
+    monkeypatch.setattr(decoder, "refine_once", watched)
+    rows = {row.name: row.value for row in decoder.decoder(setting)}
+    assert used == [False, True, False, True]
+    assert list(rows) == [
+        "decoder: full, memory",
+        "decoder: tiny, memory",
+        "decoder: tiny / full, the paper's update",
+        "decoder: tiny / full, decoding alone",
+    ]
+    assert all(value is not None and value >= 0 for value in rows.values())
+    assert setting.generator.decoder is None
+
+
+def test_cache_is_warm_when_it_is_timed(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = setting.generator.encode
+    monkeypatch.setattr(
+        setting.generator, "encode", lambda images: encoded.append("image") or encode(images)
+    )
+    rows = {row.name: row.value for row in cache.cache(setting)}
+    # Warming up: once with each; then once more without.
+    assert len(encoded) == 3
+    assert rows["cache: warm / none, the paper's update"]
+    latent, tokens = 4 * 32 * 32, 16 * 16 * 16
+    assert rows["cache: an image on disk"] == pytest.approx(2e-6 * (latent + tokens), rel=0.2)
 
 
 def test_waiting_is_a_share(setting: Setting) -> None:

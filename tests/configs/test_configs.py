@@ -92,6 +92,21 @@ def test_controlnet_config_runs(tmp_path: Path, sd1_folder: Path, controlnet_fol
     assert '"train": "bus"' in json.dumps(settings)
 
 
+def test_tiny_decoder_config_runs_and_is_recorded(
+    tmp_path: Path,
+    sd1_folder: Path,
+    tiny_decoder_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    added, decoder = CONFIGS / "refine" / "tiny_decoder.yaml", str(tiny_decoder_folder)
+    assert yaml.safe_load(added.read_text())["model"]["decoder"] == "madebyollin/taesd"
+    record = json.loads(added_run(tmp_path, sd1_folder, added, "--model.decoder", decoder))
+    assert record["config"]["model"]["init_args"]["decoder"] == decoder
+    plain = predict_words(tmp_path, sd1_folder, CONFIGS / "refine" / "voc_clip_es.yaml")
+    assert main(plain) != 0
+    assert "differs in model.init_args.decoder" in capsys.readouterr().err
+
+
 def test_a_class_without_a_colour_stops_the_run_before_weights_load(
     tmp_path: Path,
     sd1_folder: Path,
@@ -116,6 +131,7 @@ def test_every_added_config_is_run_here() -> None:
         "sdxl",
         "lcm",
         "controlnet",
+        "tiny_decoder",
     }
 
 

@@ -1,12 +1,15 @@
 """A twelve-scene slice of every table of the laboratory, of `compare` and of the paper."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from diffusers import AutoencoderKL, AutoencoderTiny
 from fake_voc import write_voc
 
 from g4seg_pl.core.evidence import ClassEvidence
@@ -17,6 +20,7 @@ from g4seg_pl.lab.pictures import failures
 from g4seg_pl.lab.scores import Scores
 from g4seg_pl.lab.table import Table, read_table
 from g4seg_pl.lab.tables import refinement
+from g4seg_pl.lab.tables.decoders import decoders
 from g4seg_pl.lab.tables.explanation import Measurement, claim
 from g4seg_pl.lab.tables.groups import clustered_mean, per_mask
 from g4seg_pl.lab.tables.judging import Judged, likelihood, right
@@ -56,6 +60,35 @@ def test_table_runs_and_resumes(
 
 def test_open_vocabulary_table(lab: Lab, tmp_path: Path) -> None:
     check(command.TABLES["open_vocabulary"](lab), tmp_path)
+
+
+def test_a_tiny_decoder_is_paired_with_the_full_one(
+    lab: Lab, tiny_decoder_folder: Path, tmp_path: Path
+) -> None:
+    table = decoders(lab, tiny_decoder_folder)
+    check(table, tmp_path)
+    full, tiny = table.rows
+    assert (full["decoder"], tiny["decoder"]) == ("full", "tiny")
+    assert full["seeds"] == tiny["seeds"] == "degraded"
+    assert tiny["over full"] == pytest.approx(tiny["mIoU"] - full["mIoU"], abs=1e-9)
+    source = lab.source("degraded")
+    images = torch.stack([sample.image for sample in source.samples(source.ids)]) / 127.5 - 1
+    model = str(lab.models.generator)
+    with torch.no_grad():
+        vae = AutoencoderKL.from_pretrained(model, subfolder="vae").eval()
+        latents = vae.encode(images).latent_dist.mode()
+        by_tiny = AutoencoderTiny.from_pretrained(tiny_decoder_folder).decode(
+            latents * vae.config.scaling_factor
+        )
+        pictures = {"full": vae.decode(latents).sample, "tiny": by_tiny.sample}
+    for row in table.rows:
+        error = ((pictures[str(row["decoder"])].clamp(-1, 1) - images) / 2).square()
+        expected = -10 * error.mean((1, 2, 3)).log10().mean()
+        assert row["PSNR of x₀"] == pytest.approx(float(expected), abs=1e-3)
+    same = replace(lab, models=replace(lab.models, decoder=tiny_decoder_folder))
+    before, after = (each.models.identity(None) for each in (lab, same))
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"decoder"}
 
 
 def test_claim_and_likelihood(lab: Lab, tmp_path: Path) -> None:

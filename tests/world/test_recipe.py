@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.world import data, export, train
@@ -17,6 +17,7 @@ from g4seg_pl.world.classifier import SceneClassifier, disturbed
 from g4seg_pl.world.clip import fused
 from g4seg_pl.world.folders import GENERATOR
 from g4seg_pl.world.scenes import CLASS_NAMES
+from g4seg_pl.world.tiny import TinyDecoderTask
 from g4seg_pl.world.unet import UNetTask, build_scheduler, draw_caption
 
 pytestmark = [
@@ -43,6 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
         patch.setattr(train, "held_out", lambda split, count: data.held_out(split, 8))
         for stage in (train.train_teacher, train.train_vae, train.encode_latents):
             stage(options)
+        train.train_tiny(options)
         train.train_clip(options)
         train.train_judge(options)
         train.train_unet(options)
@@ -84,6 +86,30 @@ def test_decoder_stage_leaves_the_latents_alone(trained: argparse.Namespace) -> 
     assert kept
     assert all(torch.equal(after[name], published[name]) for name in kept)
     assert any(not torch.equal(after[name], published[name]) for name in after)
+
+
+def test_tiny_decoder_is_one_that_diffusers_loads_and_decodes_these_latents(
+    trained: argparse.Namespace, tmp_path: Path
+) -> None:
+    export.export_tiny(trained.out, tmp_path)
+    tiny = AutoencoderTiny.from_pretrained(tmp_path)
+    latents = torch.from_numpy(np.load(trained.cache / "latents_000.npy")[:2]).float()
+    assert tiny.decode(latents).sample.shape == (2, 3, 64, 64)
+    task = torch.load(trained.out / "tiny" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, weight in tiny.state_dict().items():
+        assert torch.equal(weight, task[f"tiny.{name}"])
+
+
+def test_only_the_decoder_of_the_tiny_autoencoder_learns() -> None:
+    task = TinyDecoderTask(steps=2)
+    before = {name: weight.clone() for name, weight in task.named_parameters()}
+    optimizer = task.configure_optimizers()["optimizer"]
+    task.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    task.training_step((torch.rand(2, 3, 64, 64), torch.randn(2, 4, 16, 16))).backward()
+    optimizer.step()
+    changed = {name for name, weight in task.named_parameters() if weight.ne(before[name]).any()}
+    assert changed
+    assert all(name.startswith("tiny.decoder.") for name in changed)
 
 
 def test_generator_folder_is_one_that_diffusers_loads(

@@ -1,0 +1,182 @@
+"""What depends on an image alone, kept on disk for the next run over the same images.
+
+A file is named by a hash of the image as the networks see it and of the networks themselves, so
+neither a changed image nor another model, size or number format finds it.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from g4seg_pl.callbacks.run_record import class_path
+from g4seg_pl.features.base import DenseFeatures
+from g4seg_pl.types import ConfigurationError
+
+# To be raised when a change of code changes what networks make of an image.
+_FORMAT = 1
+_PLAIN = (str, int, float, type(None))
+_DECODING = ("decoder", "post_quant_conv")
+# What numpy and zipfile raise about a file that is cut short, flipped, or of another kind.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    BadZipFile,
+    zlib.error,
+)
+
+
+class FeatureCache:
+    """A folder of float16 arrays, one file an image and kind; any number of processes may share it.
+
+    What is computed is rounded to float16 before it is used, so that a run that fills the folder
+    and one that reads it get the same masks.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        """Remember where and for which networks.
+
+        Args:
+            folder: made when something is kept.
+            identity: of the networks, as ``identity_of`` returns it.
+        """
+        self.folder = folder
+        self.identity = identity
+
+    def fetch(
+        self,
+        name: str,
+        images: Float[Tensor, "b 3 H W"],
+        compute: Callable[[Float[Tensor, "m 3 H W"]], Float[Tensor, "m c h w"]],
+    ) -> Float[Tensor, "b c h w"]:
+        """Return what ``compute`` makes of images, float32, computing only what is not kept.
+
+        A file that is damaged or was put there by something else is written anew. What float16
+        cannot hold is not kept.
+
+        Args:
+            name: of the quantity.
+            images: in [-1, 1], as the networks see them.
+            compute: is given the images that are missing, in order.
+        """
+        keys = [self._key(name, image) for image in images.float().cpu()]
+        rows = {
+            index: row for index, key in enumerate(keys) if (row := self._read(key)) is not None
+        }
+        missing = [index for index in range(len(keys)) if index not in rows]
+        if missing:
+            for index, row in zip(missing, compute(images[missing]), strict=True):
+                rows[index] = self._keep(keys[index], row.float().cpu())
+        return torch.stack([rows[index] for index in range(len(keys))]).to(images.device)
+
+    def _key(self, name: str, image: Tensor) -> str:
+        digest = hashlib.sha256(f"{_FORMAT} {self.identity} {name} {tuple(image.shape)} ".encode())
+        digest.update(_bytes(image))
+        return digest.hexdigest()
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.npz"
+
+    def _read(self, key: str) -> Tensor | None:
+        try:
+            # Opened here: np.load leaves a file that it cannot read open.
+            with (
+                self._path(key).open("rb") as stream,
+                np.load(stream, allow_pickle=False) as content,
+            ):
+                if str(content["key"]) != key or content["values"].dtype != np.float16:
+                    return None
+                return torch.from_numpy(content["values"]).float()
+        except _UNREADABLE:
+            return None  # as if it were not there: it is computed, and written over this
+
+    def _keep(self, key: str, row: Tensor) -> Tensor:
+        half = row.half()
+        if not half.isfinite().all():
+            return row
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: another process may be writing the same image.
+        temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+        try:
+            with temporary.open("wb") as stream:
+                np.savez(stream, key=np.str_(key), values=half.numpy())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return half.float()
+
+
+def open_cache(folder: str, vae: AutoencoderKL, features: DenseFeatures) -> FeatureCache:
+    """Return the cache of loaded networks.
+
+    Args:
+        folder: of the files.
+        vae: the generator's autoencoder.
+        features: the extractor, loaded.
+    """
+    return FeatureCache(Path(folder).expanduser(), identity_of(vae, features))
+
+
+def check_folder(folder: str) -> None:
+    """Make the folder, or refuse one that cannot be.
+
+    Raises:
+        ConfigurationError: names it.
+    """
+    try:
+        Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cache_features {folder} cannot be made ({error}); give a folder to write to"
+        raise ConfigurationError(message) from error
+
+
+def identity_of(vae: AutoencoderKL, features: DenseFeatures) -> str:
+    """Return a hash of all that decides what is made of an image: weights and settings.
+
+    Args:
+        vae: the generator's autoencoder; its decoder does not count.
+        features: the extractor, loaded.
+    """
+    scale = (vae.config.scaling_factor, vae.config.shift_factor)
+    digest = hashlib.sha256(f"{scale} ".encode())
+    for network in (vae, features):
+        _add_network(digest, network)
+    return digest.hexdigest()
+
+
+def _add_network(digest: "hashlib._Hash", network: nn.Module) -> None:
+    for name, part in network.named_modules():
+        if not name.startswith(_DECODING):
+            # Settings beside the weights: normalisation, activations, heads, a chosen layer.
+            plain = {key: each for key, each in sorted(vars(part).items()) if _is_plain(key, each)}
+            digest.update(f"{name} {class_path(part)} {plain} ".encode())
+    for name, weight in network.state_dict().items():
+        if not name.startswith(_DECODING):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
+            digest.update(_bytes(weight))
+
+
+def _is_plain(name: str, value: object) -> bool:
+    if name.startswith("_"):
+        return False
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, _PLAIN) for each in value)
+    return isinstance(value, _PLAIN)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
