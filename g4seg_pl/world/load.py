@@ -7,12 +7,12 @@ import torch
 
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.features.base import DenseFeatures
-from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.refiner import G4SegRefiner
 from g4seg_pl.seeds.clip_es import ClipES
 from g4seg_pl.types import Sample, Seed
 from g4seg_pl.world.folders import CLIP, GENERATOR
 from g4seg_pl.world.scenes import CLASS_NAMES, Split
+from g4seg_pl.world.settings import chosen_features
 
 
 def load_refiner(
@@ -22,11 +22,11 @@ def load_refiner(
 
     Args:
         seed: of all noise.
-        features: F of Eq. 8; the generator's own autoencoder if None.
+        features: F of Eq. 8; those chosen for this world if None.
         masks_per_pass: bound on memory; the small generator takes many at once.
     """
     generator = StableDiffusion.from_pretrained(str(GENERATOR))
-    features = VAEFeatures() if features is None else features
+    features = chosen_features() if features is None else features
     features.load(generator.vae)
     return G4SegRefiner(generator, features, (), seed=seed, masks_per_pass=masks_per_pass)
 

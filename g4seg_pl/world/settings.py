@@ -9,15 +9,16 @@ from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.controls import ColourAffinity, EdgeFilter
 from g4seg_pl.core.grounding import Grounding
 from g4seg_pl.core.steps import Blur, Correspondence, UpdateStep
+from g4seg_pl.features.vae import VAEFeatures
 
 # Said beside every number made with them.
 PROVENANCE = "chosen on 64 validation scenes (docs/results/chosen.json), labels' threshold included"
 SEED_BACKGROUND = Threshold(0.1)
 
 _PAPER = Correspondence(
-    timestep=300,
-    injection_weight=30.0,
-    beta=0.65,
+    timestep=100,
+    injection_weight=3.0,
+    beta=0.5,
     confidence_range=None,
     match_size=32,
     binarise_at=SEED_BACKGROUND.value,
@@ -47,9 +48,9 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
     "feature-nn": (
         Correspondence(
             matching="self",
-            beta=0.5,
+            beta=0.3,
             confidence_range=None,
-            exclude_radius=1.0,
+            exclude_radius=2.5,
             match_size=32,
             binarise_at=SEED_BACKGROUND.value,
         ),
@@ -79,6 +80,12 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
         ),
     ),
 }
+
+
+def chosen_features() -> VAEFeatures:
+    """F of Eq. 8: the first block of the autoencoder's encoder, on images of twice the size."""
+    return VAEFeatures(level=0, image_size=128)
+
 
 # Where each row's labels begin, chosen with its steps.
 BACKGROUNDS: dict[str, Threshold] = dict.fromkeys(("seed", *RECIPES), SEED_BACKGROUND) | {

@@ -4,12 +4,14 @@ import json
 
 import pytest
 
+from g4seg_pl.callbacks.run_record import describe
 from g4seg_pl.lab.laboratory import CHOSEN
 from g4seg_pl.lab.stages import at_threshold
 from g4seg_pl.lab.written import build_stages
-from g4seg_pl.world.settings import BACKGROUNDS, RECIPES
+from g4seg_pl.world.settings import BACKGROUNDS, RECIPES, chosen_features
 
-FOUND = json.loads(CHOSEN.read_text(encoding="utf-8"))["kinds"]["gradcam"]
+EVERYTHING = json.loads(CHOSEN.read_text(encoding="utf-8"))
+FOUND = EVERYTHING["kinds"]["gradcam"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -19,6 +21,11 @@ def test_recipe_is_the_chosen_way(name: str) -> None:
     expected = tuple(at_threshold(stage, threshold) for stage in build_stages(way["stages"]))
     assert RECIPES[name] == expected
     assert BACKGROUNDS[name].value == way["background"]
+
+
+def test_features_are_the_chosen_ones() -> None:
+    chosen = {name: EVERYTHING["features"][name] for name in ("class_path", "init_args")}
+    assert describe(chosen_features()) == chosen
 
 
 def test_seed_has_its_own_threshold() -> None:
