@@ -82,7 +82,8 @@ class FolderDataModule(SeedDataModule):
     @staticmethod
     def _chosen(place: Place, split: str) -> list[tuple[str, File]]:
         """The images of a list file, whether they are there or not."""
+        at, picture = place.at, place.picture
         return [
-            (line.image_id, place.at(line.image) if line.image else place.picture(line.image_id))
+            (line.image_id, at(line.image) if line.image else picture(line.image_id))
             for line in read_list(Path(split))
         ]
