@@ -141,7 +141,7 @@ class ChooseByLikelihood:
         if self.draws < 1 or not self.timesteps:
             message = f"draws is {self.draws} at timesteps {self.timesteps}; give one of each"
             raise ValueError(message)
-        judge = self if self.evidence is None else self.evidence
+        judge: ChooseByLikelihood | ClassEvidence = self.evidence or self
         count = judge.draws * len(judge.timesteps)
         if self.margin < 0 or (self.margin > 0 and count < 2):
             message = (

@@ -1,6 +1,6 @@
 """Which of two masks is better, without any truth: likelihood's two scores beside controls."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 
-from g4seg_pl.callbacks.run_record import describe
+from g4seg_pl.callbacks.run_record import Json, describe
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.evidence import ClassEvidence
 from g4seg_pl.core.resize import masks_to_working
@@ -85,7 +85,7 @@ def likelihood(
     notes = (
         "`loss` is the denoising loss with each candidate injected, `evidence` the denoising "
         "evidence for the class's name that each candidate explains, with nothing injected, and "
-        f"`evidence + word` the same with the word map added at weight {evidence_word():g}. "
+        f"`evidence + word` the same with the word map added at weight {WORD_WEIGHT:g}. "
         f"`loss` costs {how.draws * len(how.timesteps)} passes a candidate, `evidence` {passes} a "
         f"mask and {passes} an image however many candidates there are.",
         "Controls: the larger mask; agreement with the soft coarse mask (IoU); the cut through "
@@ -99,11 +99,6 @@ def likelihood(
     )
     protocol = dict(lab.protocol(*lab.kinds))
     return Table("likelihood", title, tuple(rows), protocol, notes, ("mean IoU gain",))
-
-
-def evidence_word() -> float:
-    """The weight of the word map in the judge that has one."""
-    return WORD_WEIGHT
 
 
 def judge(lab: Lab, kind: SeedKind, how: Measurement, evidence: ClassEvidence) -> Judged:
@@ -146,7 +141,7 @@ def _validation_gain(lab: Lab, kind: SeedKind, name: str) -> float:
 
 
 def _measured(
-    lab: Lab, kind: SeedKind, ways: Sequence[Way], evidence: ClassEvidence, described: object
+    lab: Lab, kind: SeedKind, ways: Sequence[Way], evidence: ClassEvidence, described: Json
 ) -> dict[str, Floats]:
     """Return what every judge that needs the masks themselves says, kept on disk."""
     source, rule = lab.source(kind), lab.background(kind)
@@ -316,7 +311,7 @@ def _choice_rows(lab: Lab, found: Judged) -> Iterator[dict[str, Cell]]:
 
 def _correlation_rows(found: Judged) -> Iterator[dict[str, Cell]]:
     ious, areas = found.ious[: found.ways], found.areas[: found.ways]
-    kinds = {
+    kinds: dict[str, Callable[[Floats], float | None]] = {
         "rank correlation with IoU, one mask's ways": lambda score: _within(score, ious),
         "rank correlation with IoU, all": lambda score: _spearman(score, ious),
         "rank correlation with IoU, seeds alone": lambda score: _spearman(score[0], ious[0]),
