@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # A part's rows begin with its name and a colon.
 PARTS = {
     "injection": "g4seg_pl.bench.injection:injection",
+    "attention": "g4seg_pl.bench.attention:attention",
     "match": "g4seg_pl.bench.match:match",
     "resume": "g4seg_pl.bench.resume:resume",
     "waiting": "g4seg_pl.bench.waiting:waiting",
@@ -96,10 +97,18 @@ def bench(
     found: dict[str, Row] = {}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) if work is None else work
-        setting = Setting(SIZES[size], pick_device(device), folder.absolute(), images, few, rounds)
+        setting = Setting(
+            SIZES[size],
+            pick_device(device),
+            folder.absolute(),
+            images,
+            few,
+            rounds,
+            tuple(only or ()),
+        )
         for part in chosen:
             for row in _load(PARTS[part])(setting):
-                if not only or part in only or row.name in only:
+                if setting.wants(row.name):
                     found[row.name] = row
                     if json is not None:
                         write_rows(json, list(found.values()))

@@ -27,6 +27,7 @@ class Setting:
         images: of the contest.
         plain_images: of these, how many the slow contestant refines too.
         rounds: repetitions of small measurements.
+        only: parts and rows asked for; all if empty.
     """
 
     size: Size
@@ -35,6 +36,11 @@ class Setting:
     images: int = 8
     plain_images: int = 8
     rounds: int = 5
+    only: tuple[str, ...] = ()
+
+    def wants(self, row: str) -> bool:
+        """Whether a row is asked for, by its own name or its part's."""
+        return not self.only or bool({row, row.partition(":")[0]} & set(self.only))
 
     @cached_property
     def models(self) -> ModelFolders:

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from g4seg_pl.core.kept_attention import keeping_pays, kept_attention
+
 # Fused attention kernels want head sizes that are multiples of this.
 _HEAD_MULTIPLE = 8
 
@@ -81,7 +83,8 @@ def injected_attention(
     """Return softmax((QKᵀ + w·A)/√d) V for A = Σ_c rows_c columns_cᵀ (Eq. 5), A never formed.
 
     A has rank c, so it enters as c more channels, √w·rows on the queries and √w·columns on the
-    keys, and the fused kernels still apply. Differentiable in ``rows`` and ``columns``.
+    keys, and the fused kernels still apply. Differentiable in ``rows`` and ``columns``; for a
+    gradient in bfloat16 on a CPU ``kept_attention`` takes the kernels' place.
 
     Args:
         query: Q.
@@ -96,10 +99,16 @@ def injected_attention(
     scale = size**-0.5 if scale is None else scale
     if weight == 0:
         return functional.scaled_dot_product_attention(query, key, value, scale=scale)
-    padded = -(-(size + rows.shape[1]) // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+    extended = size + rows.shape[1]
+    channels = weight**0.5 * rows, weight**0.5 * columns
+    if keeping_pays(query, key, value, *channels):
+        query = _append_channels(query, channels[0], extended)
+        key = _append_channels(key, channels[1], extended)
+        return kept_attention(query, key, value, scale)
+    padded = -(-extended // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
     mixed = functional.scaled_dot_product_attention(
-        _append_channels(query, rows, weight**0.5, padded),
-        _append_channels(key, columns, weight**0.5, padded),
+        _append_channels(query, channels[0], padded),
+        _append_channels(key, channels[1], padded),
         functional.pad(value, (0, padded - size)),
         scale=scale,
     )
@@ -142,8 +151,8 @@ def dense_diffusion_attention(
     return (logits.softmax(-1) @ value.to(precise)).to(value.dtype)
 
 
-def _append_channels(tokens: Tensor, masks: Tensor, factor: float, padded: int) -> Tensor:
+def _append_channels(tokens: Tensor, masks: Tensor, padded: int) -> Tensor:
     batch, heads, count, size = tokens.shape
-    channels = (factor * masks).to(tokens.dtype).transpose(1, 2)[:, None]
+    channels = masks.to(tokens.dtype).transpose(1, 2)[:, None]
     channels = functional.pad(channels, (0, padded - size - masks.shape[1]))
     return torch.cat([tokens, channels.expand(batch, heads, count, padded - size)], dim=-1)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from g4seg_pl.bench import command, resume, scaling
 from g4seg_pl.bench.allocation import peak_allocated
+from g4seg_pl.bench.attention import attention
 from g4seg_pl.bench.injection import injection
 from g4seg_pl.bench.match import dense_match, match
 from g4seg_pl.bench.processes import processes
@@ -17,7 +19,9 @@ from g4seg_pl.bench.setting import Setting, available_cores
 from g4seg_pl.bench.steps import STEPS, steps
 from g4seg_pl.bench.waiting import waiting
 from g4seg_pl.core.correspondence import nearest_neighbours
+from g4seg_pl.core.steps import UpdateStep
 from g4seg_pl.main import main
+from g4seg_pl.types import Sample
 
 
 def test_match_keeps_within_its_memory_on_a_large_grid() -> None:
@@ -42,6 +46,31 @@ def test_injection_adds_little_memory(setting: Setting) -> None:
     assert rows["injection: 20 classes / 1 class"]
     assert rows["injection: extra memory"] is not None
     assert 0 <= rows["injection: extra memory"] < 50
+
+
+def test_attention_is_compared(setting: Setting) -> None:
+    rows = {row.name: row.value for row in attention(setting)}
+    assert len(rows) == 4
+    assert all(value is not None and value > 0 for value in rows.values())
+
+
+def test_only_what_is_asked_for_of_the_steps_is_run(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, int]] = []
+    names = {id(update): name for name, update in STEPS.items()}
+
+    def note(_: Setting, update: tuple[UpdateStep, ...], sample: Sample) -> None:
+        ran.append((names[id(update)], len(sample.class_names)))
+
+    monkeypatch.setattr("g4seg_pl.bench.steps.refine_once", note)
+    found = list(steps(replace(setting, only=("steps: affinity / paper",), rounds=1)))
+    assert set(ran) == {("affinity", 1), ("paper", 1)}
+    assert "steps: affinity / paper" in {row.name for row in found}
+    ran.clear()
+    found = list(steps(replace(setting, only=("steps: gradient, memory",), rounds=1)))
+    assert ran == [("gradient", 1)]
+    assert [row.name for row in found] == ["steps: gradient, memory"]
 
 
 @pytest.mark.slow
