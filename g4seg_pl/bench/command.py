@@ -106,10 +106,10 @@ def bench(
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) if work is None else work
         place = (SIZES[size], pick_device(device), folder.absolute())
-        setting = Setting(*place, images, few, rounds, memory_images)
+        setting = Setting(*place, images, few, rounds, memory_images, tuple(only or ()))
         for part in chosen:
             for row in _load(PARTS[part])(setting):
-                if not only or part in only or row.name in only:
+                if part in setting.only or setting.wants(row.name):
                     found[row.name] = row
                     if json is not None:
                         write_rows(json, list(found.values()))

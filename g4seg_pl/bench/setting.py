@@ -28,6 +28,7 @@ class Setting:
         plain_images: of these, how many the slow contestant refines too.
         rounds: repetitions of small measurements.
         memory_images: over which memory is watched.
+        only: parts and rows asked for; all if empty.
     """
 
     size: Size
@@ -37,6 +38,11 @@ class Setting:
     plain_images: int = 8
     rounds: int = 5
     memory_images: int = 1000
+    only: tuple[str, ...] = ()
+
+    def wants(self, row: str) -> bool:
+        """Whether a row is asked for, by its own name or its part's."""
+        return not self.only or bool({row, row.partition(":")[0]} & set(self.only))
 
     @cached_property
     def models(self) -> ModelFolders:

@@ -1,16 +1,15 @@
 """A row for each update step, against the paper's: time and memory of one mask from nothing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import median
 
 import torch
 from torch import nn
 
 from g4seg_pl.bench.rows import Row
 from g4seg_pl.bench.setting import Setting
-from g4seg_pl.bench.timing import Spent, describe_pairs, interleaved, ratio
+from g4seg_pl.bench.timing import Spent, describe_pairs, interleaved, middle, ratio
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.gradient import Gradient
 from g4seg_pl.core.grounding import Grounding
@@ -42,26 +41,50 @@ STEPS: dict[str, tuple[UpdateStep, ...]] = {
 }
 """``likelihood`` judges the mask given against the empty one, with two draws of noise."""
 
-BARS = {"affinity": 0.5, "gradient": 2.0}
+BARS = {"affinity": 0.5, "gradient": 2.0, "affinity, 3 classes": 1.1}
 MOST_GIGABYTES = 8.0
-FULL_SIZE_ROUNDS = 2
+FULL_SIZE_ROUNDS = 3
 
 
 def steps(setting: Setting) -> Iterator[Row]:
     """Yield each step's time over that of the paper's update, and its memory.
 
     Args:
-        setting: size, place and rounds; at full size each is timed once or twice.
+        setting: size, place and rounds; at full size each is timed three times at most.
     """
     one, three = one_and_three_classes(setting)
     runs = {name: partial(refine_once, setting, each, one) for name, each in STEPS.items()}
-    runs["affinity, 3 classes"] = partial(refine_once, setting, STEPS["affinity"], three)
-    runs["paper, 3 classes"] = partial(refine_once, setting, STEPS["paper"], three)
+    for name in ("affinity", "paper"):
+        runs[f"{name}, 3 classes"] = partial(refine_once, setting, STEPS[name], three)
+    timed = _wanted(setting, {row: pair for row, *pair in _ratios()} | {"steps: paper": ["paper"]})
+    weighed = _wanted(setting, {_memory_name(name): [name] for name in STEPS})
+    yield from _memory_rows(setting, {name: runs[name] for name in runs if name in weighed})
     rounds = min(FULL_SIZE_ROUNDS, setting.rounds) if setting.size.full else setting.rounds
-    yield from _memory_rows(setting, {name: runs[name] for name in STEPS})
-    # The memory's runs have warmed up all there is.
-    spent = interleaved(runs, rounds, setting.device, warm_up=False)
-    yield from _time_rows(setting, spent)
+    # Being weighed has warmed up what is timed.
+    for name in timed - weighed:
+        if name in STEPS:
+            runs[name]()
+    runs = {name: run for name, run in runs.items() if name in timed}
+    if runs:
+        spent = interleaved(runs, rounds, setting.device, warm_up=False)
+        yield from _time_rows(setting, spent)
+
+
+def _ratios() -> list[tuple[str, str, str]]:
+    """Return the rows that compare two runs: their names, the run above and the run below."""
+    found = [(f"steps: {name} / paper", name, "paper") for name in STEPS if name != "paper"]
+    for name in ("affinity", "paper"):
+        found.append((f"steps: {name}, 3 classes / 1 class", f"{name}, 3 classes", name))
+    return found
+
+
+def _memory_name(name: str) -> str:
+    return f"steps: {name}, memory"
+
+
+def _wanted(setting: Setting, rows: Mapping[str, Sequence[str]]) -> set[str]:
+    """Return the runs that the rows asked for need."""
+    return {run for row, needed in rows.items() if setting.wants(row) for run in needed}
 
 
 def _memory_rows(setting: Setting, runs: "dict[str, partial[None]]") -> Iterator[Row]:
@@ -72,25 +95,20 @@ def _memory_rows(setting: Setting, runs: "dict[str, partial[None]]") -> Iterator
             run()
         total = (memory.bytes + weights) / 1e9
         detail = f"weights {weights / 1e9:.3g} GB and {memory.bytes / 1e9:.3g} GB beyond; one mask"
-        yield Row(f"steps: {name}, memory", total, "GB", setting.bar(MOST_GIGABYTES), detail)
+        yield Row(_memory_name(name), total, "GB", setting.bar(MOST_GIGABYTES), detail)
 
 
 def _time_rows(setting: Setting, spent: dict[str, list[Spent]]) -> Iterator[Row]:
-    paper = spent["paper"]
-    seconds = median(each.seconds for each in paper)
-    detail = "encoding, features and text included, one mask, models loaded"
-    yield Row("steps: paper", 1e3 * seconds, "ms", None, detail)
-    for name in STEPS:
-        if name != "paper":
-            limit = BARS.get(name)
+    if "paper" in spent:
+        seconds = middle(spent["paper"])
+        detail = "encoding, features and text included, one mask, models loaded"
+        yield Row("steps: paper", 1e3 * seconds, "ms", None, detail)
+    for row, over, under in _ratios():
+        if over in spent and under in spent:
+            limit = BARS.get(over)
             bar = None if limit is None else setting.bar(limit)
-            detail = describe_pairs(spent[name], paper)
-            yield Row(f"steps: {name} / paper", ratio(spent[name], paper), "×", bar, detail)
-    for name, limit in (("affinity", 1.1), ("paper", None)):
-        over, under = spent[f"{name}, 3 classes"], spent[name]
-        bar = None if limit is None else setting.bar(limit)
-        row = f"steps: {name}, 3 classes / 1 class"
-        yield Row(row, ratio(over, under), "×", bar, describe_pairs(over, under))
+            detail = describe_pairs(spent[over], spent[under])
+            yield Row(row, ratio(spent[over], spent[under]), "×", bar, detail)
 
 
 def _bytes(network: nn.Module) -> int:

@@ -22,7 +22,9 @@ from g4seg_pl.bench.steps import STEPS, steps
 from g4seg_pl.bench.waiting import waiting
 from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.core.correspondence import nearest_neighbours
+from g4seg_pl.core.steps import UpdateStep
 from g4seg_pl.main import main
+from g4seg_pl.types import Sample
 
 
 def test_match_keeps_within_its_memory_on_a_large_grid() -> None:
@@ -47,6 +49,25 @@ def test_injection_adds_little_memory(setting: Setting) -> None:
     assert rows["injection: 20 classes / 1 class"]
     assert rows["injection: extra memory"] is not None
     assert 0 <= rows["injection: extra memory"] < 50
+
+
+def test_only_what_is_asked_for_of_the_steps_is_run(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, int]] = []
+    names = {id(update): name for name, update in STEPS.items()}
+
+    def note(_: Setting, update: tuple[UpdateStep, ...], sample: Sample) -> None:
+        ran.append((names[id(update)], len(sample.class_names)))
+
+    monkeypatch.setattr("g4seg_pl.bench.steps.refine_once", note)
+    found = list(steps(replace(setting, only=("steps: affinity / paper",), rounds=1)))
+    assert set(ran) == {("affinity", 1), ("paper", 1)}
+    assert "steps: affinity / paper" in {row.name for row in found}
+    ran.clear()
+    found = list(steps(replace(setting, only=("steps: gradient, memory",), rounds=1)))
+    assert ran == [("gradient", 1)]
+    assert [row.name for row in found] == ["steps: gradient, memory"]
 
 
 @pytest.mark.slow
