@@ -6,7 +6,7 @@ neither a changed image nor another model, size or number format finds it.
 
 import hashlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 from zipfile import BadZipFile
@@ -153,20 +153,21 @@ def identity_of(vae: AutoencoderKL, features: DenseFeatures) -> str:
     scale = (vae.config.scaling_factor, vae.config.shift_factor)
     digest = hashlib.sha256(f"{scale} ".encode())
     for network in (vae, features):
-        _add_network(digest, network)
+        for part in _described(network):
+            digest.update(part)
     return digest.hexdigest()
 
 
-def _add_network(digest: "hashlib._Hash", network: nn.Module) -> None:
+def _described(network: nn.Module) -> Iterator[bytes | memoryview]:
     for name, part in network.named_modules():
         if not name.startswith(_DECODING):
             # Settings beside the weights: normalisation, activations, heads, a chosen layer.
             plain = {key: each for key, each in sorted(vars(part).items()) if _is_plain(key, each)}
-            digest.update(f"{name} {class_path(part)} {plain} ".encode())
+            yield f"{name} {class_path(part)} {plain} ".encode()
     for name, weight in network.state_dict().items():
         if not name.startswith(_DECODING):
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
-            digest.update(_bytes(weight))
+            yield f"{name} {weight.dtype} {tuple(weight.shape)} ".encode()
+            yield _bytes(weight)
 
 
 def _is_plain(name: str, value: object) -> bool:

@@ -104,7 +104,7 @@ def load_components(
     weights, text_weights = files | {"torch_dtype": dtype}, files | {"dtype": dtype}
     scheduler = _schedule(model, read_part(model, "scheduler", DDPMScheduler.load_config, **place))
     vae_dtype = _vae_dtype(model, dtype, **place) if kind == "sdxl" else dtype
-    parts = {
+    parts: dict[str, Any] = {
         "unet": read_part(model, "unet", UNet2DConditionModel.from_pretrained, **weights),
         "vae": read_part(
             model, "vae", AutoencoderKL.from_pretrained, **(weights | {"torch_dtype": vae_dtype})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -81,7 +82,9 @@ class StableDiffusion(nn.Module):
         self.unet = components.unet.to(memory_format=torch.channels_last)
         self.vae = components.vae.to(memory_format=torch.channels_last)
         tiny = components.decoder
-        self.decoder = None if tiny is None else tiny.to(memory_format=torch.channels_last)
+        self.decoder: AutoencoderTiny | None = None
+        if tiny is not None:
+            self.decoder = tiny.to(memory_format=torch.channels_last)
         self.text_encoder = components.text_encoder
         self.tokenizer = components.tokenizer
         schedule = components.scheduler
@@ -145,7 +148,9 @@ class StableDiffusion(nn.Module):
         Args:
             latents: scaled, as ``encode`` returns them.
         """
-        network = self.vae if self.decoder is None else self.decoder
+        network: AutoencoderKL | AutoencoderTiny = (
+            self.vae if self.decoder is None else self.decoder
+        )
         # Each by its own numbers: a tiny decoder's scaling factor is 1.
         config = network.config
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0)

@@ -50,7 +50,9 @@ def load_decoder(decoder: str, dtype: torch.dtype) -> AutoencoderTiny:
         ConfigurationError: it cannot be loaded.
     """
     try:
-        tiny = AutoencoderTiny.from_pretrained(_expanded(decoder), torch_dtype=dtype)
+        tiny: AutoencoderTiny = AutoencoderTiny.from_pretrained(
+            _expanded(decoder), torch_dtype=dtype
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(_unreadable(decoder, error)) from error
     del tiny.encoder

@@ -57,7 +57,7 @@ def build_tiny(setting: Setting) -> AutoencoderTiny:
         torch.manual_seed(0)
         tiny = AutoencoderTiny(**setting.size.tiny)
     del tiny.encoder
-    tiny.decoder.to(setting.device, setting.dtype, memory_format=torch.channels_last)
+    tiny.decoder.to(setting.device, setting.dtype).to(memory_format=torch.channels_last)
     frozen: AutoencoderTiny = tiny.eval().requires_grad_(requires_grad=False)
     return frozen
 
