@@ -158,7 +158,7 @@ def identity_of(vae: AutoencoderKL, features: DenseFeatures) -> str:
     return digest.hexdigest()
 
 
-def _described(network: nn.Module) -> Iterator[bytes | memoryview]:
+def _described(network: nn.Module) -> Iterator[bytes]:
     for name, part in network.named_modules():
         if not name.startswith(_DECODING):
             # Settings beside the weights: normalisation, activations, heads, a chosen layer.
@@ -178,6 +178,6 @@ def _is_plain(name: str, value: object) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().tobytes()

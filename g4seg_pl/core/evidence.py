@@ -1,5 +1,6 @@
 """Evidence: where an image denoises worse once a class's name is taken out of its prompt."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -39,7 +40,7 @@ class ExplainedShares:
         count = int(paired.shape[-1])
         if count == 1:
             return torch.full_like(paired[..., 0], torch.nan)
-        return paired.std(-1) / count**0.5
+        return paired.std(-1) / math.sqrt(count)
 
     def without_last(self) -> "ExplainedShares":
         """Return all candidates but the last."""
