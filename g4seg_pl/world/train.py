@@ -143,7 +143,7 @@ def train_vae(options: argparse.Namespace) -> None:
 
 def train_decoder(options: argparse.Namespace) -> None:
     """The published autoencoder's decoder alone, with more weight on what the teacher sees."""
-    steps = options.steps or 12_000
+    steps = options.steps or 8_000
     task = AutoencoderTask(
         load_teacher(options.out),
         learning_rate=4e-4,
