@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from seed_dialects import SIZE, Maps
 from stored_trees import SIZES
 
 from datamodules.seed_files.label_png import palette
@@ -112,3 +113,11 @@ def tree(
         Image.new("L", size[::-1], 3 * index).save(tmp_path / "truth" / f"{name}.png")
     (tmp_path / "images" / "notes.txt").write_text("no picture")
     return tmp_path
+
+
+@pytest.fixture
+def maps() -> Maps:
+    """Two maps in [0, 1], each reaching both ends as min-max normalised ones do."""
+    scores = np.random.default_rng(0).random((2, *SIZE)).astype(np.float32)
+    low, high = scores.min(axis=(1, 2), keepdims=True), scores.max(axis=(1, 2), keepdims=True)
+    return np.asarray((scores - low) / (high - low))
