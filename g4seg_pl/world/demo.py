@@ -31,7 +31,7 @@ BATCH = 16
 
 def demo(
     out: Path = Path("outputs/demo"),
-    images: int = 100,
+    images: int = 300,
     scene_seed: int = 0,
     noise_seed: int = 0,
 ) -> int:
