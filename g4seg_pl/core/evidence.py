@@ -1,6 +1,5 @@
 """Evidence: where an image denoises worse once a class's name is taken out of its prompt."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -14,13 +13,14 @@ from g4seg_pl.core.generation import Rows, rows_per_image
 from g4seg_pl.core.grounding import Grounding
 from g4seg_pl.core.guided import Upsampling, box_mean, bring_up, check_edges
 from g4seg_pl.core.loss import DenoisingLoss
+from g4seg_pl.core.paired import Paired
 
 # Plain passes: nothing is injected.
 _PLAIN = DenoisingLoss(injection_weight=0.0)
 
 
 @dataclass(frozen=True)
-class ExplainedShares:
+class ExplainedShares(Paired):
     """How much of the evidence for a class candidate masks explain, pass by pass.
 
     Attributes:
@@ -30,23 +30,12 @@ class ExplainedShares:
 
     shares: Float[Tensor, "k m n"]
 
-    def difference(self, reference: int = 0) -> Float[Tensor, "k m"]:
-        """Return how much less each candidate explains; negative explains better."""
-        return self._paired(reference).mean(-1)
-
-    def standard_error(self, reference: int = 0) -> Float[Tensor, "k m"]:
-        """Return the standard error of ``difference``; not a number with a single pass."""
-        paired = self._paired(reference)
-        count = int(paired.shape[-1])
-        if count == 1:
-            return torch.full_like(paired[..., 0], torch.nan)
-        return paired.std(-1) / math.sqrt(count)
-
     def without_last(self) -> "ExplainedShares":
         """Return all candidates but the last."""
         return ExplainedShares(self.shares[:-1])
 
-    def _paired(self, reference: int) -> Float[Tensor, "k m n"]:
+    def paired(self, reference: int) -> Float[Tensor, "k m n"]:
+        """Return how much less each candidate explains than the reference."""
         return self.shares[reference] - self.shares
 
 

@@ -1,6 +1,5 @@
 """Likelihood: of several masks, the one under which the image denoises best (Eq. 6)."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,11 +22,12 @@ from g4seg_pl.core.generation import (
 )
 from g4seg_pl.core.guided import box_mean
 from g4seg_pl.core.loss import DenoisingLoss, LossKind
+from g4seg_pl.core.paired import Paired
 from g4seg_pl.core.steps import NestedStep, any_needs_gradient
 
 
 @dataclass(frozen=True)
-class PairedLosses:
+class PairedLosses(Paired):
     """Denoising losses of candidate masks, all under the same noise.
 
     Attributes:
@@ -38,23 +38,12 @@ class PairedLosses:
     losses: Float[Tensor, "k m n"]
     maps: Float[Tensor, "k m n h w"] | None = None
 
-    def difference(self, reference: int = 0) -> Float[Tensor, "k m"]:
-        """Return each candidate's mean of log L - log L_reference; negative explains better."""
-        return self._paired(reference).mean(-1)
-
-    def standard_error(self, reference: int = 0) -> Float[Tensor, "k m"]:
-        """Return the standard error of ``difference``; not a number with a single draw."""
-        paired = self._paired(reference)
-        count = int(paired.shape[-1])
-        if count == 1:
-            return torch.full_like(paired[..., 0], torch.nan)
-        return paired.std(-1) / math.sqrt(count)
-
     def without_last(self) -> "PairedLosses":
         """Return all candidates but the last."""
         return PairedLosses(self.losses[:-1], None if self.maps is None else self.maps[:-1])
 
-    def _paired(self, reference: int) -> Float[Tensor, "k m n"]:
+    def paired(self, reference: int) -> Float[Tensor, "k m n"]:
+        """Return log L - log L_reference."""
         logarithms = torch.log(self.losses)
         return logarithms - logarithms[reference]
 

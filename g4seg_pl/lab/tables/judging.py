@@ -111,6 +111,7 @@ def judge(lab: Lab, kind: SeedKind, how: Measurement, evidence: ClassEvidence) -
         return found | {"empty": torch.zeros_like(found["seed"])}
 
     described = [[way.name, way.describe()] for way in ways]
+    described.append(["features", describe(lab.features)])
     explained = explain(lab, kind, described, candidates, how)
     claimed = explain(lab, kind, "claim", claim_candidates, replace(how, timesteps=TIMESTEPS))
     losses, ious = _joined(explained, claimed, how)
@@ -161,7 +162,7 @@ def _measured(
         if saved is None:
             samples = source.samples(ids)
             with torch.no_grad():
-                batch = make_batch(lab.models.refiner(), samples)
+                batch = make_batch(lab.refiner(), samples)
                 seeds = Masks(tuple(each.seed.scores for each in samples), rule)
                 chains = ChainRunner(batch, seeds)
                 found = {way.name: hard_masks(batch, chains.run(way).masks) for way in ways}
