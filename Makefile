@@ -33,17 +33,33 @@ lint: .venv/test.stamp
 test: lint
 	$(BIN)/python -m pytest
 
-# Hours on a CPU; every part resumes and can be run by itself.
+# Hours on a CPU; every part resumes and can be run by itself. Tables are made side by side, a thread
+# each, in $(PROCESSES) processes: results are kept by what determines them, wherever they were made.
+PROCESSES ?= 2
+ONE := OMP_NUM_THREADS=1 $(LAB)
+TABLES := lab-signals lab-groups lab-words lab-refiners lab-likelihood lab-makers lab-rest
+.PHONY: $(TABLES)
 lab: .venv/test.stamp $(CHECKPOINTS)
 	$(LAB) choose
-	$(LAB) refiners
-	$(LAB) claim modules controls groups --kinds gradcam
-	$(LAB) sensitivity likelihood signals --kinds gradcam --noise-seeds 1
-	$(LAB) words --kinds gradcam --noise-seeds 1 --checkpoints $(CHECKPOINTS)
-	$(LAB) open_vocabulary --noise-seeds 1
-	$(LAB) makers --images 150 --noise-seeds 1
-	$(LAB) decoders --kinds gradcam --noise-seeds 1
+	$(MAKE) -j$(PROCESSES) $(TABLES)
 	$(LAB) costs failures signal_pictures report
+
+lab-signals:
+	$(ONE) signals --kinds gradcam --noise-seeds 1
+lab-groups:
+	$(ONE) groups --kinds gradcam
+lab-words: $(CHECKPOINTS)
+	$(ONE) words --kinds gradcam --noise-seeds 1 --checkpoints $(CHECKPOINTS)
+lab-refiners:
+	$(ONE) refiners
+lab-likelihood:
+	$(ONE) likelihood --kinds gradcam --noise-seeds 1
+lab-makers:
+	$(ONE) makers --images 150 --noise-seeds 1
+lab-rest:
+	$(ONE) claim modules controls --kinds gradcam
+	$(ONE) sensitivity decoders --kinds gradcam --noise-seeds 1
+	$(ONE) open_vocabulary --noise-seeds 1
 
 $(CHECKPOINTS):
 	mkdir -p $@
@@ -51,7 +67,6 @@ $(CHECKPOINTS):
 		|| { rm -r $@; exit 1; }
 
 # Trains fifteen small networks; resumes where it was killed.
-PROCESSES ?= 2
 loop: .venv/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m g4seg_pl.segmentation.loop --processes $(PROCESSES)
 
