@@ -26,8 +26,12 @@ PARTS = {
     "processes": "g4seg_pl.bench.processes:processes",
     "memory": "g4seg_pl.bench.memory:memory",
     "contest": "g4seg_pl.bench.contest:contest",
+    "compile": "g4seg_pl.bench.compile:compile_blocks",
 }
 """Parts of the benchmark by name; each yields rows, later ones in place of earlier ones."""
+
+# It needs a C++ compiler, and minutes of it.
+ONLY_BY_NAME = {"compile"}
 
 COMMANDS = {
     "": "g4seg_pl.bench.command:bench",
@@ -80,7 +84,7 @@ def bench(
     Args:
         size: of the models, whose weights are random: tiny for tests, or Stable Diffusion 2.1's.
         json: file for the rows, rewritten as they come.
-        only: parts or rows; all if not given.
+        only: parts or rows; all but `compile` if not given.
         device: such as cuda; a GPU if there is one.
         images: of the contest between floor, g4seg and plain.
         plain_images: of these, those that plain refines too; all if tiny, else 1.
@@ -130,7 +134,7 @@ def parts_of(only: Sequence[str] | None) -> list[str]:
         ConfigurationError: a name belongs to no part.
     """
     if not only:
-        return list(PARTS)
+        return [part for part in PARTS if part not in ONLY_BY_NAME]
     wanted = {name.partition(":")[0] for name in only}
     if unknown := wanted - PARTS.keys():
         msg = (

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from g4seg_pl.bench import cache, command, decoder, resume, scaling
 from g4seg_pl.bench.allocation import peak_allocated
+from g4seg_pl.bench.compile import compile_blocks
 from g4seg_pl.bench.injection import injection
 from g4seg_pl.bench.match import dense_match, match
 from g4seg_pl.bench.memory import memory, resident_bytes
@@ -49,6 +51,18 @@ def test_injection_adds_little_memory(setting: Setting) -> None:
     assert rows["injection: 20 classes / 1 class"]
     assert rows["injection: extra memory"] is not None
     assert 0 <= rows["injection: extra memory"] < 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(which("g++") is None, reason="compiling needs a C++ compiler")
+def test_compiled_blocks_are_timed_against_plain_ones(setting: Setting) -> None:
+    plain = setting.generator.unet
+    rows = {row.name: row.value for row in compile_blocks(replace(setting, rounds=1))}
+    assert set(rows) == {"compile: blocks / plain", "compile: once"}
+    assert all(value is not None and value > 0 for value in rows.values())
+    assert setting.generator.unet is plain
+    assert "compile" not in command.parts_of(None)
+    assert command.parts_of(["compile: once"]) == ["compile"]
 
 
 def test_only_what_is_asked_for_of_the_steps_is_run(
