@@ -49,8 +49,9 @@ def _named(plain: nn.Module, compiled: nn.Module) -> Iterator[tuple[str, nn.Modu
 def _pass(unet: nn.Module, setting: Setting) -> Tensor:
     config = setting.generator.unet.config
     shape = (1, config.in_channels, config.sample_size, config.sample_size)
-    place = {"device": setting.device, "dtype": setting.dtype}
-    words = torch.zeros(1, 77, config.cross_attention_dim, **place)
-    latent = torch.zeros(shape, **place).contiguous(memory_format=torch.channels_last)
+    device, dtype = setting.device, setting.dtype
+    words = torch.zeros(1, 77, config.cross_attention_dim, device=device, dtype=dtype)
+    latent = torch.zeros(shape, device=device, dtype=dtype)
+    latent = latent.contiguous(memory_format=torch.channels_last)
     output: Tensor = unet(latent, 400, encoder_hidden_states=words).sample
     return output
