@@ -1,7 +1,8 @@
 """Does the better mask explain the image better? The claim p(S|x) ∝ p(x|S)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from g4seg_pl.lab.tables.refinement import TIMESTEPS
 from g4seg_pl.world.degrade import Fault, degrade
 
 Floats = NDArray[np.float64]
+Arrays = dict[str, NDArray[Any]]
 SPOILT: tuple[Fault, ...] = ("dilate", "erode", "shift", "low_resolution")
 # Hard masks of a batch by name, each (m, H, W) at native size.
 Candidates = Callable[[Batch, ChainRunner], Mapping[str, Tensor]]
@@ -70,6 +72,43 @@ class Measurement:
         return [list(self.timesteps), self.draws, self.injection_weight]
 
 
+def kept_by_batch(
+    lab: Lab,
+    kind: SeedKind,
+    area: str,
+    what: Mapping[str, Json],
+    measure: Callable[[Batch, Masks], Arrays],
+) -> Iterator[Arrays]:
+    """Yield what is measured on each batch of the lab's test scenes, kept on disk.
+
+    Args:
+        lab: models and store.
+        kind: of seeds.
+        area: of the store.
+        what: that determines the results besides scenes, seeds and generator.
+        measure: makes them from a batch and its coarse masks.
+    """
+    source, rule = lab.source(kind), lab.background(kind)
+    for start in range(0, len(source.ids), BATCH):
+        ids = source.ids[start : start + BATCH]
+        described = {
+            **what,
+            "source": source.describe(),
+            "background": rule.value,
+            "generator": lab.models.generator_identity,
+            "ids": list(ids),
+        }
+        saved = lab.store.load(area, described)
+        if saved is None:
+            samples = source.samples(ids)
+            with torch.no_grad():
+                batch = make_batch(lab.refiner(), samples)
+                seeds = Masks(tuple(each.seed.scores for each in samples), rule)
+                saved = measure(batch, seeds)
+            lab.store.save(area, described, saved)
+        yield saved
+
+
 def explain(
     lab: Lab, kind: SeedKind, name: Json, candidates: Candidates, how: Measurement
 ) -> Explained:
@@ -82,35 +121,20 @@ def explain(
         candidates: makes them for a batch.
         how: timesteps, draws and weight.
     """
-    source, rule = lab.source(kind), lab.background(kind)
-    parts: list[Explained] = []
-    for start in range(0, len(source.ids), BATCH):
-        ids = source.ids[start : start + BATCH]
-        what = {
-            "candidates": name,
-            "how": how.describe(),
-            "source": source.describe(),
-            "background": rule.value,
-            "generator": lab.models.generator_identity,
-            "ids": list(ids),
-        }
-        saved = lab.store.load("explained", what)
-        if saved is None:
-            samples = source.samples(ids)
-            with torch.no_grad():
-                batch = make_batch(lab.refiner(), samples)
-                seeds = Masks(tuple(each.seed.scores for each in samples), rule)
-                found = candidates(batch, ChainRunner(batch, seeds))
-            saved = _measure(batch, found, how)
-            lab.store.save("explained", what, saved)
-        parts.append(
-            Explained(
-                tuple(str(each) for each in saved["names"]),
-                saved["losses"].astype(np.float64),
-                saved["ious"].astype(np.float64),
-                saved["image"].astype(np.int64) + start,
-            )
+
+    def measure(batch: Batch, seeds: Masks) -> Arrays:
+        return _measure(batch, candidates(batch, ChainRunner(batch, seeds)), how)
+
+    what = {"candidates": name, "how": how.describe()}
+    parts = [
+        Explained(
+            tuple(str(each) for each in saved["names"]),
+            saved["losses"].astype(np.float64),
+            saved["ious"].astype(np.float64),
+            saved["image"].astype(np.int64) + index * BATCH,
         )
+        for index, saved in enumerate(kept_by_batch(lab, kind, "explained", what, measure))
+    ]
     return Explained(
         parts[0].names,
         np.concatenate([part.losses for part in parts], axis=1),
@@ -119,9 +143,7 @@ def explain(
     )
 
 
-def _measure(
-    batch: Batch, found: Mapping[str, Tensor], how: Measurement
-) -> dict[str, NDArray[np.generic]]:
+def _measure(batch: Batch, found: Mapping[str, Tensor], how: Measurement) -> Arrays:
     context = batch.context
     size = (context.images.shape[2], context.images.shape[3])
     working = [masks_to_working(each, size).to(context.images.device) for each in found.values()]

@@ -15,20 +15,21 @@ from g4seg_pl.callbacks.run_record import Json, describe
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.evidence import ClassEvidence
 from g4seg_pl.core.resize import masks_to_working
-from g4seg_pl.lab.chain import ChainRunner, make_batch
+from g4seg_pl.lab.chain import ChainRunner
 from g4seg_pl.lab.laboratory import Lab
-from g4seg_pl.lab.runner import BATCH
 from g4seg_pl.lab.sources import SeedKind
 from g4seg_pl.lab.stages import Batch, Masks, Way
 from g4seg_pl.lab.table import Cell, Table
 from g4seg_pl.lab.tables.explanation import (
     SPOILT,
+    Arrays,
     Explained,
     Floats,
     Measurement,
     claim_candidates,
     explain,
     hard_masks,
+    kept_by_batch,
 )
 from g4seg_pl.lab.tables.groups import clustered_mean
 from g4seg_pl.lab.tables.refinement import SIGNALS, TIMESTEPS, named
@@ -145,31 +146,22 @@ def _measured(
     lab: Lab, kind: SeedKind, ways: Sequence[Way], evidence: ClassEvidence, described: Json
 ) -> dict[str, Floats]:
     """Return what every judge that needs the masks themselves says, kept on disk."""
-    source, rule = lab.source(kind), lab.background(kind)
-    parts: list[dict[str, Floats]] = []
-    for start in range(0, len(source.ids), BATCH):
-        ids = source.ids[start : start + BATCH]
-        what = {
-            "candidates": [described, list(TRUE)],
-            "evidence": describe(evidence),
-            "others": [WORD_WEIGHT, CUT_GRID, CUT_COLOUR, CUT_POSITION],
-            "source": source.describe(),
-            "background": rule.value,
-            "generator": lab.models.generator_identity,
-            "ids": list(ids),
-        }
-        saved = lab.store.load("judged", what)
-        if saved is None:
-            samples = source.samples(ids)
-            with torch.no_grad():
-                batch = make_batch(lab.refiner(), samples)
-                seeds = Masks(tuple(each.seed.scores for each in samples), rule)
-                chains = ChainRunner(batch, seeds)
-                found = {way.name: hard_masks(batch, chains.run(way).masks) for way in ways}
-                true = claim_candidates(batch, chains)
-                saved = _scores(batch, seeds, found | {name: true[name] for name in TRUE}, evidence)
-            lab.store.save("judged", what, saved)
-        parts.append({name: each.astype(np.float64) for name, each in saved.items()})
+
+    def measure(batch: Batch, seeds: Masks) -> Arrays:
+        chains = ChainRunner(batch, seeds)
+        found = {way.name: hard_masks(batch, chains.run(way).masks) for way in ways}
+        true = claim_candidates(batch, chains)
+        return {**_scores(batch, seeds, found | {name: true[name] for name in TRUE}, evidence)}
+
+    what: dict[str, Json] = {
+        "candidates": [described, list(TRUE)],
+        "evidence": describe(evidence),
+        "others": [WORD_WEIGHT, CUT_GRID, CUT_COLOUR, CUT_POSITION],
+    }
+    parts = [
+        {name: each.astype(np.float64) for name, each in saved.items()}
+        for saved in kept_by_batch(lab, kind, "judged", what, measure)
+    ]
     return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
 
 
