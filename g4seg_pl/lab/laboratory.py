@@ -88,7 +88,7 @@ class Lab:
         if written is None:
             return VAEFeatures()
         places = {"clip": str(self.models.clip)}
-        made = build_object({name: written[name] for name in ("class_path", "init_args")}, places)
+        made = build_object(written, places)
         if not isinstance(made, DenseFeatures):
             message = f"{self.chosen_file}: features: {written['class_path']} extracts none"
             raise ConfigurationError(message)

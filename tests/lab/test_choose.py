@@ -59,6 +59,13 @@ def test_the_feature_space_is_chosen_first_and_then_used(lab: Lab) -> None:
         assert reached - seed["val_miou"] == pytest.approx(gain, abs=2e-3)
 
 
+def test_features_need_no_arguments(lab: Lab, tmp_path: Path) -> None:
+    plain = {"class_path": "g4seg_pl.features.vae.VAEFeatures"}
+    path = tmp_path / "chosen.json"
+    path.write_text(json.dumps({**json.loads(lab.chosen_file.read_text()), "features": plain}))
+    assert isinstance(replace(lab, chosen_file=path).features, VAEFeatures)
+
+
 def test_features_that_are_none_are_refused(lab: Lab, tmp_path: Path) -> None:
     chosen = json.loads(lab.chosen_file.read_text()) | {"features": BLUR}
     path = tmp_path / "chosen.json"

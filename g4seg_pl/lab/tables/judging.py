@@ -35,7 +35,7 @@ from g4seg_pl.lab.tables.groups import clustered_mean
 from g4seg_pl.lab.tables.refinement import SIGNALS, TIMESTEPS, named
 
 BINS = ((0.0, 0.05), (0.05, 0.1), (0.1, 0.2), (0.2, 1.01), (0.05, 1.01))
-APART = 0.05  # of the bar: pairs whose IoU differs by less do not count
+APART = 0.05  # pairs by name whose IoU differs by less do not count
 TRUE = ("truth", *(f"truth, {fault}" for fault in SPOILT))
 WORD_WEIGHT = 1.0
 # Cells of the grid on which a mask's cut through colours is measured, and its two widths.

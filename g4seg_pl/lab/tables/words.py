@@ -124,7 +124,7 @@ def with_random_unet(lab: Lab) -> Models:
 
 
 def open_vocabulary(lab: Lab) -> Table:
-    """Seeds from the generator alone, refined by the generator alone (issue 4, 6)."""
+    """Seeds from the generator alone, refined by the generator alone."""
     kind: SeedKind = "cross_attention"
     iterated = Affinity(products=10, power=1.6, timestep=100, norm="range")
     ways = [
