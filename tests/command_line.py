@@ -1,8 +1,13 @@
-"""The issue's own command line on the fake VOC tree, for tests that run it."""
+"""The README's command line on the fake VOC tree, for tests that run it."""
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,22 @@ def words(command: str, model: Path, out: str, *more: str) -> list[str]:
 def environment() -> dict[str, str]:
     """This process's environment, one thread, our packages importable from anywhere."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def kill_when(ready: Callable[[], bool], folder: Path, arguments: Sequence[str]) -> None:
+    """Start a run and kill it, without a chance to clean up, as soon as something is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "g4seg_pl.main", *arguments],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not ready():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def masks(out: Path) -> dict[str, bytes]:

@@ -1,6 +1,5 @@
 """The command line: dispatch, speed of help, errors, and whole runs in processes of their own."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import CONFIG, environment, masks, scores, words
+from command_line import CONFIG, environment, kill_when, masks, scores, words
 from fake_voc import write_voc
 from PIL import Image
 
@@ -145,21 +144,8 @@ def test_killed_and_resumed_run_gives_the_same_files(
 
 
 def kill_after_first_masks(folder: Path, arguments: Sequence[str]) -> None:
-    """Start a run and kill it, without a chance to clean up, once some masks are there."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "g4seg_pl.main", *arguments],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if len(list((folder / "killed" / "masks").glob("*.png"))) >= 3:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    written = folder / "killed" / "masks"
+    kill_when(lambda: len(list(written.glob("*.png"))) >= 3, folder, arguments)
 
 
 def test_second_run_has_nothing_to_do_and_loads_no_model(

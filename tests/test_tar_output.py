@@ -1,15 +1,11 @@
 """`g4seg predict --writer.tar` from end to end: the masks of the folder form, whatever happens."""
 
 import gc
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from command_line import environment, masks, records, tar_masks, words
+from command_line import kill_when, masks, records, tar_masks, words
 from fake_voc import write_voc
 
 from g4seg_pl.callbacks.tar_samples import id_of
@@ -66,22 +62,9 @@ def test_webdataset_reads_every_sample_once(tmp_path: Path, sd1_folder: Path) ->
 
 
 def kill_after_first_masks(folder: Path, arguments: Sequence[str]) -> None:
-    """Start a run and kill it, without a chance to clean up, while it fills its second tar."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "g4seg_pl.main", *arguments],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
+    """Kill a run while it fills its second tar."""
     second = folder / "killed" / "masks" / ".rank0-000001.tar.tmp"
-    while process.poll() is None and time.monotonic() < deadline:
-        if second.exists() and second.stat().st_size > 5_000:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when(lambda: second.exists() and second.stat().st_size > 5_000, folder, arguments)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from g4seg_pl.callbacks.run_record import write_text_atomically
 from g4seg_pl.core.background import BackgroundRule, Threshold
 from g4seg_pl.lab.compare import WAYS, read_ways, ways_of
 from g4seg_pl.lab.panels import Row, Trace, trace
-from g4seg_pl.lab.paper import PaperTable
+from g4seg_pl.lab.paper_table import PaperTable
 from g4seg_pl.lab.sources import SeedKind, Source, mask_iou
 from g4seg_pl.lab.stages import Masks, Way
 from g4seg_pl.report import pictures

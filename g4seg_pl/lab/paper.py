@@ -1,90 +1,17 @@
 """``g4seg paper``: the paper's tables, its figures (P) beside measured ones."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
-from g4seg_pl.callbacks.run_record import describe
-from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
+from g4seg_pl.core.background import PowerBackground, Threshold
 from g4seg_pl.features.base import DenseFeatures
-from g4seg_pl.features.vae import VAEFeatures
-from g4seg_pl.lab.cache import Store
-from g4seg_pl.lab.compare import WAYS, read_ways, ways_of
-from g4seg_pl.lab.laboratory import CHOSEN, REPOSITORY, Lab
-from g4seg_pl.lab.models import Models
-from g4seg_pl.lab.scores import Line, Scores, line
-from g4seg_pl.lab.sources import DataSource, SeedKind, Source
-from g4seg_pl.lab.stages import Way
-from g4seg_pl.lab.table import Cell, Table
-from g4seg_pl.lab.tables.groups import group_rows
-from g4seg_pl.lab.written import instantiated, object_text
-from g4seg_pl.types import ConfigurationError
-from g4seg_pl.world.folders import CLIP, GENERATOR
-
-CONFIGS = REPOSITORY / "configs" / "paper"
-IN_THE_WORLD = (
-    "Measured in the embedded world: its scenes, seeds and small generator stand in for the "
-    "paper's. Figures marked (P) are the paper's, on real data; the two cannot be compared."
-)
-ON_DATA = "Measured on the data and with the model given; figures marked (P) are the paper's."
-
-
-@dataclass(frozen=True)
-class Data:
-    """Real data: where it lies.
-
-    Attributes:
-        root: folder of the data set.
-        seeds: folder of seed files, or one that has a folder a row, named as the row's ``seeds``.
-        split: instead of the table's.
-        dialect: of the seed files.
-        num_workers: reading processes; items are read in the main process here.
-    """
-
-    root: Path | None = None
-    seeds: Path | None = None
-    split: str | None = None
-    dialect: str = "auto"
-
-
-@dataclass(frozen=True)
-class Model:
-    """The generator.
-
-    Attributes:
-        model: a diffusers folder or hub id; the embedded generator if None.
-        device: None takes a GPU if there is one.
-    """
-
-    model: str | None = None
-    device: str | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a table is run with: the arguments of `paper`, which says what each means."""
-
-    table: str
-    world: bool
-    data: Data
-    model: Model
-    rows: str | None
-    images: int | None
-    noise_seeds: int
-    background: Threshold | PowerBackground | None
-    chosen: Path
-    clip: Path
-    features: DenseFeatures | None
-    configs: Path
-    store: Path
-    out: Path
-    resamples: int
-    quiet: bool
+from g4seg_pl.lab.figures import PaperFigure
+from g4seg_pl.lab.laboratory import CHOSEN
+from g4seg_pl.lab.paper_table import CONFIGS, Data, Model, Options, PaperTable
+from g4seg_pl.lab.written import instantiated
+from g4seg_pl.world.folders import CLIP
 
 
 def paper(
@@ -152,8 +79,6 @@ def paper(
     )
     plan = PaperTable(options)
     if "columns" in plan.plan:
-        from g4seg_pl.lab.figures import PaperFigure  # it is made from a PaperTable
-
         print(PaperFigure(plan).write(out))
         return 0
     made = plan.table()
@@ -188,165 +113,3 @@ def _with_values(words: Sequence[str]) -> list[str]:
         f"{word}=true" if word in alone and after not in ("true", "false") else word
         for word, after in zip(words, following, strict=True)
     ]
-
-
-class PaperTable:
-    """One table: its YAML, expanded to runs.
-
-    Args:
-        options: of the command.
-
-    Raises:
-        ConfigurationError: there is no such table, or neither world nor data is given.
-    """
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        path = options.configs / f"{options.table}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(each.stem for each in options.configs.glob("*-*.yaml")))
-            message = f"no {path}; known tables are {known}"
-            raise ConfigurationError(message)
-        if not options.world and (options.data.root is None or options.data.seeds is None):
-            message = "give --world, or --data.root and --data.seeds (and --model.model)"
-            raise ConfigurationError(message)
-        self.plan: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        models = Models(options.model.model or GENERATOR, options.clip, options.model.device)
-        self.lab = Lab(
-            models,
-            Store(options.store),
-            chosen_file=options.chosen,
-            images=options.images or 300,
-            noise_seeds=tuple(range(options.noise_seeds)),
-            resamples=options.resamples,
-            quiet=options.quiet,
-        )
-
-    @property
-    def features(self) -> DenseFeatures:
-        """F of Eq. 8: what was asked for, else the world's own or the autoencoder's."""
-        if self.options.features is not None:
-            return self.options.features
-        return self.lab.features if self.options.world else VAEFeatures()
-
-    def table(self) -> Table:
-        """Run every row that can be run and say why the others cannot."""
-        rows: list[dict[str, Cell]] = []
-        for row in self.plan["rows"]:
-            if self.options.rows is None or self.options.rows in row["row"]:
-                rows += self._rows(row)
-        world = self.options.world
-        where = "the embedded world" if world else f"{self.options.data.root}"
-        protocol = {
-            "measured on": where,
-            "generator": str(self.options.model.model or "embedded"),
-            "F of Eq. 8": object_text(describe(self.features)),
-            "noise seeds": self.options.noise_seeds,
-            "settings": "chosen on validation scenes" if world else "configs/paper/ways.yaml",
-            "unit": "percent; ± bootstrap standard error over images, gains paired",
-        }
-        notes = (IN_THE_WORLD if world else ON_DATA, *self.plan.get("notes", ()))
-        signed = ("gain",)
-        return Table(self.options.table, self.plan["title"], tuple(rows), protocol, notes, signed)
-
-    def _rows(self, row: Mapping[str, Any]) -> list[dict[str, Cell]]:
-        reason = row.get("not_here") if self.options.world else row.get("needs")
-        published: dict[str, Any] = self.here(row, "paper") or {}
-        if reason:
-            told: dict[str, Cell] = {"row": row["row"], "not run": str(reason)}
-            return [told | {"way": name, "(P)": value} for name, value in published.items()]
-        source, rule = self.source(row)
-        ways = self.ways(row)
-        every = [Way("seed"), *ways]
-        runner = self.lab.runner(self.features)
-        found = runner.run(every, source, rule, self.lab.noise_seeds)
-        if row.get("by_quality"):
-            return self._by_quality(row, source, found)
-        head: dict[str, Cell] = {"row": row["row"], "seeds": source.kind}
-        measured = [line(n, found["seed"], runs, self.lab.resamples) for n, runs in found.items()]
-        return [head | _row_of(each, published.get(each.way)) for each in measured]
-
-    def source(self, row: Mapping[str, Any]) -> tuple[Source, BackgroundRule]:
-        """A row's images with coarse masks, and the rule of their background."""
-        if self.options.world:
-            kind: SeedKind = row["world"]
-            return self.lab.source(kind), self.lab.background(kind)
-        data = self.options.data
-        described = row["data"]
-        module, _, name = str(described["class_path"]).rpartition(".")
-        arguments = dict(described.get("init_args") or {}) | {"root": data.root}
-        arguments |= {"seeds": self._seeds(row), "num_workers": 0, "dialect": data.dialect}
-        if data.split is not None:
-            arguments["split"] = data.split
-        made = getattr(import_module(module), name)(**arguments)
-        rule = self.options.background or _rule(row.get("background"))
-        return DataSource(made, str(row["seeds"]), self.options.images), rule
-
-    def _seeds(self, row: Mapping[str, Any]) -> Path:
-        given = self.options.data.seeds
-        assert given is not None
-        own = given / str(row["seeds"])
-        if own.is_dir():
-            return own
-        if len([each for each in self.plan["rows"] if not each.get("needs")]) > 1 and not (
-            self.options.rows
-        ):
-            message = (
-                f"data.seeds: this table has several kinds of seeds and there is no {own}; make "
-                f"a folder a kind, or choose one by --rows {row['row']!r}"
-            )
-            raise ConfigurationError(message)
-        return given
-
-    def here(self, row: Mapping[str, Any], field: str) -> Any:
-        """A row's field; in the world its own for the world, if it has one."""
-        own = f"world_{field}"
-        return row[own] if self.options.world and own in row else row.get(field)
-
-    def ways(self, row: Mapping[str, Any]) -> list[Way]:
-        """A row's ways but for the seed itself."""
-        names = [name for name in self.here(row, "ways") if name != "seed"]
-        if not self.options.world:
-            return ways_of(names, read_ways(WAYS))
-        kind: SeedKind = row["world"]
-        written = read_ways(WAYS)
-        fixed = row.get("as_written", False)
-        return [
-            ways_of([name], written)[0]
-            if fixed or not self.lab.has(kind, name)
-            else self.lab.way(kind, name)
-            for name in names
-        ]
-
-    def _by_quality(
-        self, row: Mapping[str, Any], source: Source, found: Mapping[str, Sequence[Scores]]
-    ) -> list[dict[str, Cell]]:
-        published = row.get("paper", {})
-        rows: list[dict[str, Cell]] = []
-        for name, runs in found.items():
-            if name == "seed":
-                continue
-            for group in group_rows(self.lab, row["world"], name, found["seed"], runs):
-                label = str(group["group"])
-                if label.startswith("seed IoU"):
-                    rows.append({"row": row["row"], **group, "(P)": published.get(label)})
-        return rows
-
-
-def _row_of(each: Line, published: float | None) -> dict[str, Cell]:
-    return {
-        "way": each.way,
-        "(P)": published,
-        "mIoU": each.miou,
-        "mIoU_se": each.miou_se,
-        "gain": each.gain,
-        "gain_se": each.gain_se,
-        "boundary IoU": each.boundary_iou,
-        "s/mask": each.seconds,
-    }
-
-
-def _rule(written: Mapping[str, float] | None) -> BackgroundRule:
-    if written and "power" in written:
-        return PowerBackground(float(written["power"]))
-    return Threshold(float((written or {}).get("threshold", 0.5)))
