@@ -16,6 +16,7 @@ from g4seg_pl.core.evidence import ClassEvidence
 from g4seg_pl.lab import __main__ as command
 from g4seg_pl.lab import compare, paper
 from g4seg_pl.lab.laboratory import Lab
+from g4seg_pl.lab.paper_table import ON_DATA
 from g4seg_pl.lab.pictures import failures
 from g4seg_pl.lab.scores import Scores
 from g4seg_pl.lab.table import Table, read_table
@@ -222,7 +223,7 @@ def test_a_table_of_the_paper_runs_on_data(lab: Lab, tmp_path: Path) -> None:
     words += ["--store", str(tmp_path / "store"), "--noise_seeds", "1", "--resamples", "20"]
     assert paper.main(words) == 0
     table = json.loads((tmp_path / "out" / "table-3.json").read_text())
-    assert table["notes"][0] == paper.ON_DATA
+    assert table["notes"][0] == ON_DATA
     assert {row["way"]: row["(P)"] for row in table["rows"]}["EMI-SCA"] == 71.7
 
 
