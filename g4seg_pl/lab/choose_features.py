@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any
 
 from g4seg_pl.callbacks.run_record import Json
-from g4seg_pl.lab.choose import Chooser, with_values
+from g4seg_pl.lab.chooser import Chooser, with_values
 from g4seg_pl.lab.written import object_text
 
 WITH_FEATURES = "g4seg_pl.lab.controls.WithFeatures"

@@ -14,7 +14,8 @@ from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.evaluation.confusion import mean_iou
 from g4seg_pl.features.vae import VAEFeatures
-from g4seg_pl.lab.choose import GRID, Chooser, best_threshold, choose, with_values
+from g4seg_pl.lab.choose import GRID, choose
+from g4seg_pl.lab.chooser import Chooser, best_threshold, with_values
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.report import write_report
 from g4seg_pl.lab.scores import THRESHOLDS

@@ -8,7 +8,7 @@ from itertools import groupby
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
 from g4seg_pl.evaluation.confusion import mean_iou
 from g4seg_pl.lab.cam_weights import CamRecipe, cam_weights
-from g4seg_pl.lab.choose import LEAVES_PROBABILITIES, best_threshold
+from g4seg_pl.lab.chooser import LEAVES_PROBABILITIES, best_threshold
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.makers import LOWEST, MAKERS, MadeSource, MakerName
 from g4seg_pl.lab.scores import Scores, pooled
