@@ -96,7 +96,8 @@ class ScenesCam(Cam):
 def cam_weights(store: Store, recipe: CamRecipe, *, quiet: bool = True) -> Path:
     """Return the file of the classifier's weights, trained now if it is not there.
 
-    A training that was broken off goes on behind its last finished part.
+    A training that was broken off goes on behind its last finished part, with other random crops
+    than it would have had: it ends in another network, as good but not the same.
 
     Args:
         store: where it is kept.
