@@ -58,8 +58,8 @@ lab-likelihood:
 lab-makers:
 	$(ONE) makers --images 150 --noise-seeds 1
 lab-rest:
-	$(ONE) claim --kinds gradcam
-	$(ONE) modules controls
+	$(ONE) claim controls --kinds gradcam
+	$(ONE) modules
 	$(ONE) sensitivity decoders --kinds gradcam --noise-seeds 1
 	$(ONE) open_vocabulary --noise-seeds 1
 
