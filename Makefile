@@ -33,7 +33,7 @@ lint: .venv/test.stamp
 test: lint
 	$(BIN)/python -m pytest
 
-# Two hours from nothing on two cores with AVX-512 bf16; every part resumes and can be run by itself.
+# About two hours from nothing on two cores with AVX-512 bf16; every part resumes and can be run by itself.
 # Tables are made side by side, a thread each, in $(PROCESSES) processes: results are kept by what
 # determines them, wherever they were made.
 PROCESSES ?= 2
