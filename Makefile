@@ -33,9 +33,9 @@ lint: .venv/test.stamp
 test: lint
 	$(BIN)/python -m pytest
 
-# About two hours from nothing on two cores with AVX-512 bf16; every part resumes and can be run by itself.
-# Tables are made side by side, a thread each, in $(PROCESSES) processes: results are kept by what
-# determines them, wherever they were made.
+# About two hours from nothing on two cores with AVX-512 bf16; every part resumes and can be run by
+# itself. Tables are made side by side, a thread each, in $(PROCESSES) processes: results are kept by
+# what determines them, wherever they were made.
 PROCESSES ?= 2
 ONE := OMP_NUM_THREADS=1 $(LAB)
 TABLES := lab-signals lab-groups lab-words lab-refiners lab-likelihood lab-makers lab-rest
