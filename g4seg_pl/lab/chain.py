@@ -1,4 +1,4 @@
-"""Running a way on a batch: what several ways begin with is computed once."""
+"""Running a way on a batch: what several ways begin with, or generate, is computed once."""
 
 import copy
 import time
@@ -13,7 +13,9 @@ from g4seg_pl.core.background import Threshold, compose_label
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.refine import refine
 from g4seg_pl.core.resize import apply_change, masks_to_working
+from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.lab.cache import canonical
+from g4seg_pl.lab.generated import Generated, SharedCorrespondence
 from g4seg_pl.lab.stages import (
     Batch,
     Masks,
@@ -89,6 +91,7 @@ class ChainRunner:
         context.seed = noise_seed
         self.batch = Batch(batch.samples, context)
         self._states: dict[str, State] = {"": State(seeds)}
+        self._generated = Generated()
 
     def run(self, way: Way) -> State:
         """Return the way's masks at native size, labels by its own rule."""
@@ -107,15 +110,16 @@ class ChainRunner:
     def _advance(self, stage: Stage, state: State) -> State:
         context = self.batch.context
         drawn = len(context.drawn) if isinstance(context, WatchedContext) else 0
-        started = time.perf_counter()
+        spared, started = self._generated.spared, time.perf_counter()
         if isinstance(stage, NativeStage):
             settled = state.settled()
             after = replace(settled, masks=stage.refine_native(settled.masks, self.batch))
         else:
             after = self._step(stage, state)
-        seconds = state.seconds + time.perf_counter() - started
-        # A context that does not watch is taken to have drawn.
-        quiet = isinstance(context, WatchedContext) and len(context.drawn) == drawn
+        spared = self._generated.spared - spared
+        seconds = state.seconds + time.perf_counter() - started + spared
+        # A context that does not watch is taken to have drawn; so is noise in an image it kept.
+        quiet = isinstance(context, WatchedContext) and len(context.drawn) == drawn and not spared
         return replace(after, seconds=seconds, noisy=state.noisy or not quiet)
 
     def _step(self, stage: Stage, state: State) -> State:
@@ -127,6 +131,8 @@ class ChainRunner:
             working = torch.cat(entered).to(images.device)
             state = replace(state, entry=working)
         step = at_threshold(stage, state.masks.threshold)
+        if type(step) is Correspondence:  # its subclasses generate otherwise
+            step = SharedCorrespondence.of(step, self._generated)
         return replace(state, working=refine(working, self.batch.context, [step]))
 
 

@@ -10,6 +10,8 @@ from conftest import write_stable_diffusion
 
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.background import PowerBackground, Threshold, compose_label
+from g4seg_pl.core.context import RefinementContext
+from g4seg_pl.core.generation import Rows
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.steps import Blur, Correspondence
 from g4seg_pl.evaluation.bootstrap import paired_gain
@@ -97,6 +99,45 @@ def test_a_chain_equals_its_stages_run_by_the_refiner(runner: Runner) -> None:
         label = compose_label(soft, sample.seed.class_ids, RULE).numpy()
         wanted = confusion_matrix(label, sample.truth.numpy(), source.num_classes)
         np.testing.assert_array_equal(found.counts[index], wanted)
+
+
+def test_what_is_generated_alike_is_generated_once(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Correspondence(confidence_range=None)
+    changes: dict[str, dict[str, object]] = {
+        "plain": {},
+        "half": {"beta": 0.5},
+        "same place": {"matching": "aligned"},
+        "coarse": {"match_size": 4, "confidence_range": (0.1, 0.9), "carry": "values"},
+        "earlier": {"timestep": 200},
+        "not injected": {"injection_weight": 0.0},
+    }
+    ways = [Way(name, (replace(step, **each),)) for name, each in changes.items()]
+    alone = {
+        way.name: Runner(runner.models, Store(tmp_path / way.name)).run(
+            [way], scenes(runner), RULE, (0, 1)
+        )[way.name]
+        for way in ways
+    }
+    generate, calls = Correspondence.generate, []
+
+    def counted(self: Correspondence, rows: Rows, context: RefinementContext) -> torch.Tensor:
+        calls.append((self.timestep, self.injection_weight))
+        return generate(self, rows, context)
+
+    monkeypatch.setattr(Correspondence, "generate", counted)
+    together = runner.run(ways, scenes(runner), RULE, (0, 1))
+    # Three kinds of images under two noise seeds, in as many passes as the memory bound makes.
+    assert len(set(calls)) == 3
+    assert calls.count((400, 10.0)) == calls.count((200, 10.0)) == calls.count((400, 0.0))
+    for name, runs in together.items():
+        for one, two in zip(runs, alone[name], strict=True):
+            np.testing.assert_array_equal(one.counts, two.counts)
+        assert all(run.noisy for run in runs)
+    # A spared generation counts among the seconds all the same.
+    for name in ("half", "same place", "coarse"):
+        assert together[name][1].seconds.sum() > 0.2 * together["plain"][1].seconds.sum()
 
 
 def test_gains_are_paired_and_noise_seeds_no_further_images(runner: Runner) -> None:

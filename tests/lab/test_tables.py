@@ -101,6 +101,9 @@ def test_claim_and_likelihood(lab: Lab, tmp_path: Path) -> None:
     assert {"empty", "shuffled"} < set(others)
     assert all(0 <= row["share %"] <= 100 for row in table.rows)
     assert claim(lab, how).rows == table.rows
+    both = claim(replace(lab, kinds=("degraded", "cross_attention")), how)
+    assert both.rows[:-1] == table.rows
+    assert both.rows[-1]["truth against"] == "seed (cross_attention)"
     evidence = ClassEvidence((400,), draws=1)
     chosen = likelihood(lab, how, evidence)
     check(chosen, tmp_path)

@@ -174,13 +174,25 @@ def hard_masks(batch: Batch, masks: Masks) -> Tensor:
     return torch.cat(parts)
 
 
-def claim_candidates(batch: Batch, chains: ChainRunner) -> dict[str, Tensor]:
-    """The truth, the seed, the truth spoilt in four ways, nothing, and other masks' shapes."""
+def true_and_spoilt(batch: Batch, _chains: ChainRunner) -> dict[str, Tensor]:
+    """The truth, and the truth spoilt in four ways."""
     exact = torch.cat(true_masks(batch))
-    found = {"truth": exact, "seed": hard_masks(batch, chains.run(Way("seed")).masks)}
+    found = {"truth": exact}
     for fault in SPOILT:
         spoilt = [degrade(mask.numpy() > 0.5, fault, row) for row, mask in enumerate(exact)]
         found[f"truth, {fault}"] = (torch.from_numpy(np.stack(spoilt)) > 0.5).float()
+    return found
+
+
+def _truth_and_seed(batch: Batch, chains: ChainRunner) -> dict[str, Tensor]:
+    seed = hard_masks(batch, chains.run(Way("seed")).masks)
+    return {"truth": torch.cat(true_masks(batch)), "seed": seed}
+
+
+def _with_all_others(batch: Batch, chains: ChainRunner) -> dict[str, Tensor]:
+    """The truth and the seed, the truth spoilt, nothing, and other masks' shapes."""
+    found = _truth_and_seed(batch, chains) | true_and_spoilt(batch, chains)
+    exact = found["truth"]
     found["empty"] = torch.zeros_like(exact)
     found["shuffled"] = exact.roll(1, 0) if len(exact) > 1 else exact.flip(1, 2)
     return found
@@ -188,13 +200,14 @@ def claim_candidates(batch: Batch, chains: ChainRunner) -> dict[str, Tensor]:
 
 def claim(lab: Lab, how: Measurement | None = None) -> Table:
     """Share of masks whose truth explains the image better than another mask, per t."""
-    how = how or Measurement()
+    how = how or Measurement(draws=len(lab.noise_seeds))
     rows: list[dict[str, Cell]] = []
     for kind in lab.kinds:
-        found = explain(lab, kind, "claim", claim_candidates, how)
+        # What does not depend on the seed is measured once.
+        first = kind == lab.kinds[0]
+        candidates = _with_all_others if first else _truth_and_seed
+        found = explain(lab, kind, "claim" if first else "truth and seed", candidates, how)
         for other in range(1, len(found.names)):
-            if kind != lab.kinds[0] and found.names[other] != "seed":
-                continue  # what does not depend on the seed is measured once
             differ = found.ious[other] < 1.0
             for index, timestep in enumerate(how.timesteps):
                 logs = np.log(found.losses[:, :, index]).mean(axis=2)
@@ -205,7 +218,10 @@ def claim(lab: Lab, how: Measurement | None = None) -> Table:
         "`loss saved` is the mean of log L(other) - log L(truth), in percent."
     )
     title = "The core claim: the better mask reconstructs better"
-    protocol = dict(lab.protocol(*lab.kinds)) | {"injection weight": how.injection_weight}
+    protocol = dict(lab.protocol(*lab.kinds)) | {
+        "noise seeds": how.draws,
+        "injection weight": how.injection_weight,
+    }
     return Table("claim", title, tuple(rows), protocol, (note,), ("loss saved",))
 
 

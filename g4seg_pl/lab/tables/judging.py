@@ -23,16 +23,15 @@ from g4seg_pl.lab.table import Cell, Table
 from g4seg_pl.lab.tables.explanation import (
     SPOILT,
     Arrays,
-    Explained,
     Floats,
     Measurement,
-    claim_candidates,
     explain,
     hard_masks,
     kept_by_batch,
+    true_and_spoilt,
 )
 from g4seg_pl.lab.tables.groups import clustered_mean
-from g4seg_pl.lab.tables.refinement import SIGNALS, TIMESTEPS, named
+from g4seg_pl.lab.tables.refinement import SIGNALS, named
 
 BINS = ((0.0, 0.05), (0.05, 0.1), (0.1, 0.2), (0.2, 1.01), (0.05, 1.01))
 APART = 0.05  # pairs by name whose IoU differs by less do not count
@@ -114,8 +113,10 @@ def judge(lab: Lab, kind: SeedKind, how: Measurement, evidence: ClassEvidence) -
     described = [[way.name, way.describe()] for way in ways]
     described.append(["features", describe(lab.features)])
     explained = explain(lab, kind, described, candidates, how)
-    claimed = explain(lab, kind, "claim", claim_candidates, replace(how, timesteps=TIMESTEPS))
-    losses, ious = _joined(explained, claimed, how)
+    true = explain(lab, kind, "truth and spoilt", true_and_spoilt, how)
+    # The last is the empty mask.
+    losses = np.concatenate([explained.logarithms()[:-1], true.logarithms()])
+    ious = np.concatenate([explained.ious[:-1], true.ious])
     names = (*(way.name for way in every), *TRUE)
     measured = _measured(lab, kind, every, evidence, described)
     areas = measured.pop("area")
@@ -124,15 +125,6 @@ def judge(lab: Lab, kind: SeedKind, how: Measurement, evidence: ClassEvidence) -
     scores = {"loss": -losses, **measured, "area": areas}
     scores["validation order"] = np.repeat(order[:, None], ious.shape[1], axis=1)
     return Judged(names, len(every), scores, ious, areas, explained.image)
-
-
-def _joined(explained: Explained, claimed: Explained, how: Measurement) -> tuple[Floats, Floats]:
-    """Return mean log loss and IoU of the ways (the empty mask left out) and of the truths."""
-    kept = [claimed.names.index(name) for name in TRUE]
-    times = [TIMESTEPS.index(timestep) for timestep in how.timesteps]
-    truth = np.log(claimed.losses[kept][:, :, times]).mean(axis=(2, 3))
-    losses = np.concatenate([explained.logarithms()[:-1], truth])
-    return losses, np.concatenate([explained.ious[:-1], claimed.ious[kept]])
 
 
 def _validation_gain(lab: Lab, kind: SeedKind, name: str) -> float:
@@ -150,8 +142,8 @@ def _measured(
     def measure(batch: Batch, seeds: Masks) -> Arrays:
         chains = ChainRunner(batch, seeds)
         found = {way.name: hard_masks(batch, chains.run(way).masks) for way in ways}
-        true = claim_candidates(batch, chains)
-        return {**_scores(batch, seeds, found | {name: true[name] for name in TRUE}, evidence)}
+        true = true_and_spoilt(batch, chains)
+        return {**_scores(batch, seeds, found | true, evidence)}
 
     what: dict[str, Json] = {
         "candidates": [described, list(TRUE)],

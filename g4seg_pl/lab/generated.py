@@ -1,0 +1,68 @@
+"""Ways that differ only in what they do with a generated image generate it once."""
+
+import hashlib
+import time
+from dataclasses import dataclass, field, fields
+from typing import Self
+
+from torch import Tensor
+
+from g4seg_pl.core.context import RefinementContext
+from g4seg_pl.core.generation import Rows
+from g4seg_pl.core.steps import Correspondence
+
+# What the paper's update does after it has generated; every other setting tells images apart.
+AFTERWARDS = ("beta", "confidence_range", "matching", "match_size", "exclude_radius", "carry")
+_DECIDING = tuple(each.name for each in fields(Correspondence) if each.name not in AFTERWARDS)
+
+
+@dataclass
+class Generated:
+    """Images that the ways of one batch have generated under one noise seed.
+
+    Attributes:
+        images: by what determines them.
+        seconds: that each took.
+        spared: seconds that ways were spared so far, because an earlier one had its images.
+    """
+
+    images: dict[str, Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    spared: float = 0.0
+
+
+@dataclass(frozen=True)
+class SharedCorrespondence(Correspondence):
+    """The paper's update, its images taken from an earlier way where there is one.
+
+    Attributes:
+        generated: where they are kept.
+    """
+
+    generated: Generated = field(default_factory=Generated)
+
+    @classmethod
+    def of(cls, step: Correspondence, generated: Generated) -> Self:
+        """Return the same update with shared images."""
+        return cls(
+            **{each.name: getattr(step, each.name) for each in fields(step)}, generated=generated
+        )
+
+    def generate(self, rows: Rows, context: RefinementContext) -> Tensor:
+        """Return x̃₀ of each row, as the plain update generates it."""
+        key = self._key(rows)
+        kept = self.generated
+        if key in kept.images:
+            kept.spared += kept.seconds[key]
+        else:
+            started = time.perf_counter()
+            kept.images[key] = super().generate(rows, context)
+            kept.seconds[key] = time.perf_counter() - started
+        return kept.images[key]
+
+    def _key(self, rows: Rows) -> str:
+        settings = [getattr(self, name) for name in _DECIDING]
+        digest = hashlib.sha256(repr([settings, rows.owner, rows.prompts, rows.names]).encode())
+        for masks in (rows.foreground, rows.tokens):
+            digest.update(masks.contiguous().cpu().numpy().tobytes())
+        return digest.hexdigest()
