@@ -13,9 +13,8 @@ from g4seg_pl.core.background import Threshold, compose_label
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.refine import refine
 from g4seg_pl.core.resize import apply_change, masks_to_working
-from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.lab.cache import canonical
-from g4seg_pl.lab.generated import Generated, SharedCorrespondence
+from g4seg_pl.lab.generated import Generated, sharing
 from g4seg_pl.lab.stages import (
     Batch,
     Masks,
@@ -130,9 +129,7 @@ class ChainRunner:
             entered = [masks_to_working(each, size) for each in state.masks.foreground]
             working = torch.cat(entered).to(images.device)
             state = replace(state, entry=working)
-        step = at_threshold(stage, state.masks.threshold)
-        if type(step) is Correspondence:  # its subclasses generate otherwise
-            step = SharedCorrespondence.of(step, self._generated)
+        step = sharing(at_threshold(stage, state.masks.threshold), self._generated)
         return replace(state, working=refine(working, self.batch.context, [step]))
 
 

@@ -2,14 +2,15 @@
 
 import hashlib
 import time
-from dataclasses import dataclass, field, fields
-from typing import Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from torch import Tensor
 
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.generation import Rows
 from g4seg_pl.core.steps import Correspondence
+from g4seg_pl.lab.controls import WithFeatures
 
 # What the paper's update does after it has generated; every other setting tells images apart.
 AFTERWARDS = ("beta", "confidence_range", "matching", "match_size", "exclude_radius", "carry")
@@ -41,13 +42,6 @@ class SharedCorrespondence(Correspondence):
 
     generated: Generated = field(default_factory=Generated)
 
-    @classmethod
-    def of(cls, step: Correspondence, generated: Generated) -> Self:
-        """Return the same update with shared images."""
-        return cls(
-            **{each.name: getattr(step, each.name) for each in fields(step)}, generated=generated
-        )
-
     def generate(self, rows: Rows, context: RefinementContext) -> Tensor:
         """Return x̃₀ of each row, as the plain update generates it."""
         key = self._key(rows)
@@ -66,3 +60,13 @@ class SharedCorrespondence(Correspondence):
         for masks in (rows.foreground, rows.tokens):
             digest.update(masks.contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def sharing(step: Any, generated: Generated) -> Any:
+    """Return a step that takes its images from earlier ways; one that cannot is left as it is."""
+    if type(step) is Correspondence:  # its subclasses generate otherwise
+        plain = {each.name: getattr(step, each.name) for each in fields(step)}
+        return SharedCorrespondence(**plain, generated=generated)
+    if isinstance(step, WithFeatures):
+        return replace(step, steps=[sharing(each, generated) for each in step.steps])
+    return step

@@ -69,6 +69,11 @@ class Lab:
         read: dict[str, Any] = json.loads(self.chosen_file.read_text(encoding="utf-8"))
         return read
 
+    @property
+    def places(self) -> dict[str, str]:
+        """What stands for ``{clip}`` and the like in written settings."""
+        return {"clip": str(self.models.clip)}
+
     def source(
         self,
         kind: SeedKind,
@@ -87,8 +92,7 @@ class Lab:
         written = self.chosen.get("features") if self.chosen_file.is_file() else None
         if written is None:
             return VAEFeatures()
-        places = {"clip": str(self.models.clip)}
-        made = build_object(written, places)
+        made = build_object(written, self.places)
         if not isinstance(made, DenseFeatures):
             message = f"{self.chosen_file}: features: {written['class_path']} extracts none"
             raise ConfigurationError(message)
@@ -145,7 +149,7 @@ class Lab:
 
     def build(self, written: Sequence[Any]) -> tuple[Stage, ...]:
         """Return stages as YAML writes them; ``{clip}`` is the folder of the world's CLIP."""
-        return build_stages(written, {"clip": str(self.models.clip)})
+        return build_stages(written, self.places)
 
     def scores(
         self,

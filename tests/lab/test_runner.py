@@ -16,7 +16,9 @@ from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.steps import Blur, Correspondence
 from g4seg_pl.evaluation.bootstrap import paired_gain
 from g4seg_pl.evaluation.confusion import confusion_matrix, mean_iou
+from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab.cache import Store, key_of
+from g4seg_pl.lab.controls import WithFeatures
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.runner import Runner
@@ -114,6 +116,7 @@ def test_what_is_generated_alike_is_generated_once(
         "not injected": {"injection_weight": 0.0},
     }
     ways = [Way(name, (replace(step, **each),)) for name, each in changes.items()]
+    ways.append(Way("deep", (WithFeatures([step], VAEFeatures(level=0)),)))
     alone = {
         way.name: Runner(runner.models, Store(tmp_path / way.name)).run(
             [way], scenes(runner), RULE, (0, 1)
@@ -136,7 +139,7 @@ def test_what_is_generated_alike_is_generated_once(
             np.testing.assert_array_equal(one.counts, two.counts)
         assert all(run.noisy for run in runs)
     # A spared generation counts among the seconds all the same.
-    for name in ("half", "same place", "coarse"):
+    for name in ("half", "same place", "coarse", "deep"):
         assert together[name][1].seconds.sum() > 0.2 * together["plain"][1].seconds.sum()
 
 

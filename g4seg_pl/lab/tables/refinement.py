@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from g4seg_pl.core.steps import Correspondence
-from g4seg_pl.lab.controls import TruthInjected
+from g4seg_pl.features.base import DenseFeatures
+from g4seg_pl.lab.controls import TruthInjected, WithFeatures
 from g4seg_pl.lab.cost import cost_of
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.sources import SeedKind
 from g4seg_pl.lab.stages import Stage, Way
 from g4seg_pl.lab.table import Cell, Table, line_row
+from g4seg_pl.lab.written import build_object, object_text
 
 SIGNALS = ("grounding", "affinity", "gradient", "g4seg")
 CONTROLS = (
@@ -114,10 +116,20 @@ def sensitivity(lab: Lab) -> Table:
             for name, values in AXES.items()
             for value in values
         ]
+        changed += [
+            Way(f"features = {text}", (WithFeatures([step], other),), way.background)
+            for text, other in _feature_spaces(lab)
+        ]
         by_kind.append((kind, [way, *changed, *named(lab, kind, ("feature-nn", "blur"))]))
     note = "Shown on test scenes; nothing is chosen from this table."
     title = "The paper's update, one setting changed at a time"
     return ways_on(lab, "sensitivity", title, by_kind, note)
+
+
+def _feature_spaces(lab: Lab) -> Iterator[tuple[str, DenseFeatures]]:
+    """Every F of Eq. 8 among which one was chosen, as text and as an extractor."""
+    for each in lab.chosen.get("features", {}).get("tried", ()):
+        yield object_text(each["features"]), build_object(each["features"], lab.places)
 
 
 def refiners(lab: Lab) -> Table:
