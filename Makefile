@@ -38,13 +38,16 @@ test: lint
 # what determines them, wherever they were made.
 PROCESSES ?= 2
 ONE := OMP_NUM_THREADS=1 $(LAB)
-TABLES := lab-signals lab-groups lab-words lab-refiners lab-likelihood lab-makers lab-rest
+TABLES := lab-sensitivity lab-signals lab-groups lab-words lab-refiners lab-likelihood lab-makers \
+	lab-claim lab-rest
 .PHONY: $(TABLES)
 lab: .venv/test.stamp $(CHECKPOINTS)
 	$(LAB) choose
 	$(MAKE) -j$(PROCESSES) $(TABLES)
 	$(LAB) costs failures signal_pictures report
 
+lab-sensitivity:
+	$(ONE) sensitivity
 lab-signals:
 	$(ONE) signals --kinds gradcam --noise-seeds 1
 lab-groups:
@@ -52,15 +55,15 @@ lab-groups:
 lab-words: $(CHECKPOINTS)
 	$(ONE) words --kinds gradcam --noise-seeds 1 --checkpoints $(CHECKPOINTS)
 lab-refiners:
-	$(ONE) refiners
+	$(ONE) refiners controls modules
 lab-likelihood:
 	$(ONE) likelihood --kinds gradcam --noise-seeds 1
 lab-makers:
 	$(ONE) makers --images 150 --noise-seeds 1
+lab-claim:
+	$(ONE) claim
 lab-rest:
-	$(ONE) claim controls --kinds gradcam
-	$(ONE) modules
-	$(ONE) sensitivity decoders --kinds gradcam --noise-seeds 1
+	$(ONE) decoders --kinds gradcam --noise-seeds 1
 	$(ONE) open_vocabulary --noise-seeds 1
 
 $(CHECKPOINTS):
