@@ -55,7 +55,8 @@ lab-groups:
 lab-words: $(CHECKPOINTS)
 	$(ONE) words --kinds gradcam --noise-seeds 1 --checkpoints $(CHECKPOINTS)
 lab-refiners:
-	$(ONE) refiners controls modules
+	$(ONE) refiners modules
+	$(ONE) controls --kinds gradcam  # those of the other kinds are among the refiners
 lab-likelihood:
 	$(ONE) likelihood --kinds gradcam --noise-seeds 1
 lab-makers:
