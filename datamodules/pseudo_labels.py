@@ -190,7 +190,9 @@ class PseudoLabelDataModule(LightningDataModule):
         with_truth: bool,
     ) -> DataLoader[Any]:
         listed = self._items(source) if items is None else items
-        images = WholeImages(listed, self._reader(source), with_truth=with_truth)
+        processes = 1 if self.trainer is None or sampler is not None else self.trainer.world_size
+        reader = self._reader(source)
+        images = WholeImages(listed, reader, with_truth=with_truth, multiple=processes)
         return DataLoader(
             images,
             batch_size=self.val_batch_size,

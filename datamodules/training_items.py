@@ -1,5 +1,6 @@
 """Reading pictures with the masks to train on, or with ground truth; what a worker does."""
 
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.segmentation.normalisation import normalise
 from g4seg_pl.segmentation.sampling import Draw
 from g4seg_pl.segmentation.soft_targets import class_distribution, place_classes, reading_of
-from g4seg_pl.types import BadItemError, Seed
+from g4seg_pl.types import IGNORE_INDEX, BadItemError, Seed
 
 
 @dataclass
@@ -157,23 +158,29 @@ class WholeImages(Dataset[dict[str, Any]]):
         items: what to read.
         reader: how to read it.
         with_truth: whether ground truth is read, and required.
+        multiple: of which there are as many pictures. The first ones again fill up, their truth
+            ignored everywhere, so that processes get as many each and no picture counts twice.
     """
 
-    def __init__(self, items: Sequence[Item], reader: MaskReader, *, with_truth: bool) -> None:
+    def __init__(
+        self, items: Sequence[Item], reader: MaskReader, *, with_truth: bool, multiple: int = 1
+    ) -> None:
         self.items, self.reader, self.with_truth = tuple(items), reader, with_truth
+        self.multiple = multiple
 
     def __len__(self) -> int:
-        """The number of items."""
-        return len(self.items)
+        """The number of items, filled up."""
+        return math.ceil(len(self.items) / self.multiple) * self.multiple
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The item at an index."""
-        item = self.items[index]
+        item = self.items[index % len(self.items)]
         image = self.reader.image(item)
         found: dict[str, Any] = {"image": _image(image), "image_id": item.image_id}
         if self.with_truth:
             truth = self.reader.ground_truth(item, (image.shape[0], image.shape[1]))
-            found["mask"] = _mask(truth)
+            again = index >= len(self.items)
+            found["mask"] = _mask(np.full_like(truth, IGNORE_INDEX) if again else truth)
         return found
 
 

@@ -10,7 +10,7 @@ from datamodules.layout import find_root, ids_in
 from datamodules.seed_files.maps import Dialect, ReadOptions
 from g4seg_pl.types import ConfigurationError
 
-_AUGMENTED = ("train_aug", "trainaug", "aug")
+_AUGMENTED = ("train_aug", "trainaug")
 
 
 class VOCDataModule(SeedDataModule):
@@ -92,8 +92,8 @@ class VOCDataModule(SeedDataModule):
         return [self._item(voc, pictures, masks, line) for line in self._lines()]
 
     def _truth_folder(self) -> str:
-        augmented = "SegmentationClassAug" if self.split in _AUGMENTED else "SegmentationClass"
-        return self.truth or augmented
+        augmented = self.split in (*_AUGMENTED, "aug")
+        return self.truth or ("SegmentationClassAug" if augmented else "SegmentationClass")
 
     def _item(self, voc: Path, pictures: ImageFolder, masks: Path | None, line: Line) -> Item:
         image = voc / line.image if line.image else pictures.find(line.image_id)
@@ -102,7 +102,10 @@ class VOCDataModule(SeedDataModule):
         return Item(line.image_id, image, masks and masks / f"{line.image_id}.png")
 
     def _lines(self) -> list[Line]:
-        names = _AUGMENTED if self.split in _AUGMENTED else (self.split,)
+        # Two spellings of one split, the user's own first. Others' `aug.txt` is another split: in
+        # some copies train_aug, in others what train_aug adds to train.
+        others = _AUGMENTED if self.split in _AUGMENTED else ()
+        names = dict.fromkeys((self.split, *others))
         listed = [self.lists / f"{name}.txt" for name in names]
         for path in (*listed, Path(self.split)):
             if path.is_file():

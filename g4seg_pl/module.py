@@ -25,6 +25,7 @@ from g4seg_pl.types import ConfigurationError, FailedSample, G4SegError, Refined
 # What may be wrong with one image while the others are fine.
 ITEM_ERRORS = (G4SegError, FloatingPointError, torch.OutOfMemoryError)
 
+_FULL_PRECISION = "32-true"
 FROZEN_PARTS = ("generator.", "features.")
 
 
@@ -126,6 +127,7 @@ class G4SegModule(pl.LightningModule):
         if self.masks_per_pass < 1:
             msg = f"masks_per_pass is {self.masks_per_pass}: give 1 or more"
             raise ConfigurationError(msg)
+        self._require_full_precision()
         self._require_streaming()
         if self._has_work():
             check_model(self.model, self.revision)
@@ -232,6 +234,16 @@ class G4SegModule(pl.LightningModule):
             msg = "no test was started: use Trainer.test"
             raise G4SegError(msg)
         return self._scores
+
+    def _require_full_precision(self) -> None:
+        """Refuse the trainer's number formats: features would be rounded before they match."""
+        trainer = self._trainer
+        if trainer is not None and trainer.precision != _FULL_PRECISION:
+            msg = (
+                f"trainer.precision is {trainer.precision}: leave it at 32-true and set "
+                "model.dtype, the generator's number format; matching and mixing stay in float32"
+            )
+            raise ConfigurationError(msg)
 
     def _require_streaming(self) -> None:
         """Refuse to keep predictions, which are frozen dataclasses that Lightning cannot copy."""

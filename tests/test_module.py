@@ -1,5 +1,6 @@
 """The module in a Trainer: mixed batches, gradients, scores, checkpoints."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from fake_voc import IDS, write_voc
+from PIL import Image
 
 from datamodules import VOCDataModule
+from datamodules.seed_files.maps import ReadOptions
 from g4seg_pl.callbacks.records import read_records
 from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.core.background import Threshold
@@ -18,6 +21,7 @@ from g4seg_pl.core.confidence import Averaged
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.null_text import NullTextCorrespondence
 from g4seg_pl.core.steps import Blur, Correspondence
+from g4seg_pl.evaluation.evaluate import evaluate
 from g4seg_pl.module import G4SegModule
 from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask
 
@@ -119,6 +123,32 @@ def test_test_scores_seed_and_refined(tmp_path: Path, sd1_folder: Path) -> None:
     assert 50 < scores["test/seed_miou"] < 100
 
 
+def test_images_in_which_nothing_was_found_count_where_they_are_kept(
+    tmp_path: Path, sd1_folder: Path
+) -> None:
+    voc, labels = write_voc(tmp_path), tmp_path / "labels"
+    labels.mkdir()
+    for index, name in enumerate(IDS):
+        truth = np.asarray(Image.open(voc / "SegmentationClass" / f"{name}.png"))
+        found = np.where((truth == 255) | (index == 1), 0, truth)
+        Image.fromarray(found.astype(np.uint8)).save(labels / f"{name}.png")
+    module = G4SegModule(str(sd1_folder), [Correspondence(beta=1.0)], background=Threshold(0.5))
+    refused = VOCDataModule(tmp_path, labels, num_workers=0)
+    assert trainer().test(module, refused, verbose=False)[0]["test/n_images"] == 2
+    kept = VOCDataModule(tmp_path, labels, seed_options=ReadOptions(empty="keep"), num_workers=0)
+    scores = trainer().test(module, kept, verbose=False)[0]
+    evaluate(labels, voc / "SegmentationClass", 21, json=tmp_path / "scores.json")
+    expected = json.loads((tmp_path / "scores.json").read_text())["miou"]
+    assert scores["test/n_images"] == 3
+    assert scores["test/seed_miou"] == pytest.approx(expected)
+    assert scores["test/refined_miou"] == pytest.approx(expected)
+    writer = MaskWriter(tmp_path / "out", soft="npz")
+    trainer(writer).predict(module, kept, return_predictions=False)
+    assert writer.summary is not None
+    assert writer.summary.done == 3
+    assert not np.asarray(Image.open(tmp_path / "out" / "masks" / f"{IDS[1]}.png")).any()
+
+
 def test_checkpoint_holds_no_weights(tmp_path: Path, sd1_folder: Path) -> None:
     module = G4SegModule(str(sd1_folder))
     runner = trainer()
@@ -189,6 +219,30 @@ def test_second_predict_with_the_same_objects_looks_at_all_images(
         writer = MaskWriter(tmp_path / folder)
         trainer(writer).predict(module, datamodule, return_predictions=False)
         assert str(writer.summary) == "done 3 / skipped 0 / failed 0 / total 3"
+
+
+def test_the_same_trainer_predicts_again(tmp_path: Path, sd1_folder: Path) -> None:
+    writer = MaskWriter(tmp_path / "out")
+    again, module = trainer(writer), G4SegModule(str(sd1_folder), update=[])
+    again.predict(module, data(tmp_path), return_predictions=False)
+    again.predict(module, data(tmp_path), return_predictions=False)  # nothing is left
+    assert writer.summary is not None
+    assert (writer.summary.done, writer.summary.skipped) == (0, len(IDS))
+    (tmp_path / "out" / "masks" / f"{IDS[0]}.png").unlink()
+    again.predict(module, data(tmp_path), return_predictions=False)
+    assert (writer.summary.done, writer.summary.skipped) == (1, len(IDS) - 1)
+    writer.override = True
+    again.predict(module, data(tmp_path), return_predictions=False)
+    assert writer.summary.done == len(IDS)
+    assert again.limit_predict_batches == 1.0
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_the_trainers_half_precision_is_refused(precision: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"set model\.dtype"):
+        trainer(precision=precision).predict(
+            G4SegModule("nowhere"), data(tmp_path), return_predictions=False
+        )
 
 
 def test_test_without_truth_names_an_image(tmp_path: Path, sd1_folder: Path) -> None:

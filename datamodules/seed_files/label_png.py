@@ -66,7 +66,7 @@ def label_from_scores(
 
     It has 16 bits where a label value does not fit 8 bits beside 255, the ignored one.
     """
-    fits = max(class_ids) < IGNORE_INDEX
+    fits = max(class_ids, default=0) < IGNORE_INDEX
     ids: NDArray[Any] = np.array((0, *class_ids), dtype=np.uint8 if fits else np.uint16)
     threshold = np.full((1, *scores.shape[1:]), background, dtype=scores.dtype)
     winner: NDArray[np.intp] = np.concatenate([threshold, scores]).argmax(axis=0)

@@ -17,9 +17,12 @@ Dialect = Literal[
 Channels = Literal["auto", "all", "background+all", "present", "background+present"]
 Activation = Literal["none", "softmax", "sigmoid", "byte"]
 CategoryIds = Literal["contiguous", "coco91"]
+Empty = Literal["refuse", "keep"]
 
 RANGE_TOLERANCE = 1e-3
 """Scores may leave [0, 1] by this much (float16 and interpolation) and are then clipped."""
+
+_KEEP = "set seed_options.empty to keep if nothing was found there"
 
 COCO_CATEGORY_IDS = tuple(
     number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
@@ -42,6 +45,9 @@ class ReadOptions:
             reaches this are taken.
         category_ids: `coco91` if class ids are COCO's category ids (1 to 90) and not label
             values (1 to 80). COCO JSON without category names needs it said.
+        empty: what a seed without any class, or with a map that is nowhere above 0, is: `refuse`
+            takes it for a mistake; `keep` for an image, or a class, of which nothing was found, as
+            open-vocabulary seeds have them. Their pixels are background and count in scores.
     """
 
     channels: Channels = "auto"
@@ -50,6 +56,7 @@ class ReadOptions:
     ignored_score: float = 0.0
     present_at: float = 0.5
     category_ids: CategoryIds | None = None
+    empty: Empty = "refuse"
 
 
 @dataclass(frozen=True)
@@ -120,16 +127,17 @@ def to_contiguous(class_ids: tuple[int, ...], path: File) -> tuple[int, ...]:
     return tuple(COCO_CATEGORY_IDS.index(number) + 1 for number in class_ids)
 
 
-def check_classes(maps: SeedMaps, path: File, classes: int) -> None:
+def check_classes(maps: SeedMaps, path: File, classes: int, empty: Empty) -> None:
     """Checks number, range and uniqueness of the class ids.
 
     Raises:
-        BadItemError: no class, a class id beyond `classes`, one twice, or ids and maps that
-            differ in number.
+        BadItemError: no class (unless `empty` keeps that), a class id beyond `classes`, one twice,
+            or ids and maps that differ in number.
     """
     ids = maps.class_ids
-    if not ids:
-        raise bad_item(path, "it has no class", "Leave the image out, or make its seed again")
+    if not ids and empty == "refuse":
+        remedy = f"Leave the image out, make its seed again, or {_KEEP}"
+        raise bad_item(path, "it has no class", remedy)
     if len(ids) != len(maps.maps):
         problem = f"{len(ids)} class ids for {len(maps.maps)} maps"
         raise bad_item(path, problem, "Make the seed of this image again")
@@ -148,17 +156,20 @@ def _unknown(path: File, unknown: Collection[int], classes: int) -> BadItemError
     return bad_item(path, problem, remedy)
 
 
-def check_scores(maps: SeedMaps, path: File) -> None:
+def check_scores(maps: SeedMaps, path: File, empty: Empty) -> None:
     """Checks that scores are probabilities and that no map is empty.
 
     Raises:
-        BadItemError: a score outside [0, 1], or a map without any positive score.
+        BadItemError: a score outside [0, 1], or a map without any positive score, unless `empty`
+            keeps that.
     """
     low, high = float(maps.maps.min(initial=0.0)), float(maps.maps.max(initial=0.0))
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
         remedy = "Set activation to softmax or sigmoid for logits, to byte for 0 to 255"
         raise bad_item(path, f"scores range from {low:.4g} to {high:.4g}, not 0 to 1", remedy)
     peaks = maps.maps.max(axis=(1, 2), initial=0.0)
-    if empty := [i for i, peak in zip(maps.class_ids, peaks, strict=True) if peak <= 0]:
-        problem = f"the maps of label values {empty} are empty (nowhere above 0)"
-        raise bad_item(path, problem, "Leave these classes out of the seed, or make it again")
+    lacking = [i for i, peak in zip(maps.class_ids, peaks, strict=True) if peak <= 0]
+    if lacking and empty == "refuse":
+        problem = f"the maps of label values {lacking} are empty (nowhere above 0)"
+        remedy = f"Leave these classes out of the seed, make it again, or {_KEEP}"
+        raise bad_item(path, problem, remedy)

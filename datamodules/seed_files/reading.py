@@ -15,6 +15,7 @@ from datamodules.npy import read_npy, read_npz
 from datamodules.seed_files import arrays, clip_es, diffsegmenter_mat, irn, label_png, seam
 from datamodules.seed_files.maps import (
     Dialect,
+    Empty,
     ReadOptions,
     SeedMaps,
     check_classes,
@@ -112,7 +113,7 @@ def read_maps(
     maps = _read(content, path, dialect, classes, labels, options)
     if options.category_ids == "coco91":
         maps = replace(maps, class_ids=to_contiguous(maps.class_ids, path))
-    check_classes(maps, path, classes)
+    check_classes(maps, path, classes, options.empty)
     return maps
 
 
@@ -161,36 +162,39 @@ def suffixes_of(dialect: Dialect) -> tuple[str, ...]:
             return (".npy", ".npz")
 
 
-def select(maps: SeedMaps, labels: tuple[int, ...] | None, path: File) -> SeedMaps:
+def select(
+    maps: SeedMaps, labels: tuple[int, ...] | None, path: File, empty: Empty = "refuse"
+) -> SeedMaps:
     """Keeps the classes that are labelled in the image; all of them without labels.
 
     A labelled class that the seed lacks stays absent, as it is in masks made by an argmax.
 
     Raises:
-        BadItemError: none is left.
+        BadItemError: none is left, unless `empty` keeps that.
     """
     if labels is None:
         return maps
     kept = [index for index, class_id in enumerate(maps.class_ids) if class_id in labels]
-    if not kept:
+    if not kept and empty == "refuse":
         problem = f"label values {maps.class_ids}, but the image is labelled {labels}"
         raise bad_item(path, problem, "Check the labels, or set labels=seed")
     ids = tuple(maps.class_ids[index] for index in kept)
     return replace(maps, class_ids=ids, maps=maps.maps[kept])
 
 
-def to_seed(maps: SeedMaps, size: tuple[int, int], path: File) -> Seed:
+def to_seed(maps: SeedMaps, size: tuple[int, int], path: File, empty: Empty = "refuse") -> Seed:
     """Checks maps against their image and makes a `Seed` of its size.
 
     Args:
         maps: as read.
         size: height and width of the image.
         path: the file, for errors.
+        empty: whether a map may be nowhere above 0, see `ReadOptions`.
 
     Raises:
-        BadItemError: another size, scores outside [0, 1], or an empty map.
+        BadItemError: another size, scores outside [0, 1], or an empty map that is refused.
     """
-    check_scores(maps, path)
+    check_scores(maps, path, empty)
     scores = torch.from_numpy(np.array(maps.maps, dtype=np.float32, order="C"))
     if maps.resizable and tuple(scores.shape[1:]) != size:
         scores = interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
@@ -220,7 +224,8 @@ def read_seed(
 
     Raises:
         BadItemError: unreadable, ambiguous, of another size, NaN, out of range, without classes,
-            with an unknown class or an empty map.
+            with an unknown class or an empty map (see `ReadOptions.empty`).
     """
+    options = options or ReadOptions()
     maps = read_maps(path, classes, dialect, labels, options)
-    return to_seed(select(maps, labels, path), size, path)
+    return to_seed(select(maps, labels, path, options.empty), size, path, options.empty)

@@ -85,7 +85,7 @@ class SeedFolder:
     def read(self, image_id: str, size: tuple[int, int], labels: tuple[int, ...] | None) -> Seed:
         """The seed of an image of height and width `size`; BadItemError if it cannot be used."""
         path = self.path(image_id)
-        return to_seed(select(self._maps(path, labels), labels, path), size, path)
+        return self._seed(self._maps(path, labels), size, labels, path)
 
     def _maps(self, path: File, labels: tuple[int, ...] | None) -> SeedMaps:
         maps = read_maps(path, len(self._classes), self._dialect, labels, self._options)
@@ -104,7 +104,13 @@ class SeedFolder:
             problem = "its maps are smaller than the image, whose size is unknown"
             raise bad_item(path, problem, "Give the folder of images")
         size = (maps.maps.shape[1], maps.maps.shape[2])
-        return to_seed(select(maps, labels, path), size, path)
+        return self._seed(maps, size, labels, path)
+
+    def _seed(
+        self, maps: SeedMaps, size: tuple[int, int], labels: tuple[int, ...] | None, path: File
+    ) -> Seed:
+        empty = self._options.empty
+        return to_seed(select(maps, labels, path, empty), size, path, empty)
 
     def check(self, image_id: str) -> None:
         """Raises BadItemError if an image has no seed file, several, or an empty local one."""
@@ -133,15 +139,17 @@ class CocoSeeds:
 
     def __init__(self, path: Path, classes: ClassList, options: ReadOptions | None = None) -> None:
         self._path, self._classes = path, classes
-        self._file = CocoFile(path, classes, options or ReadOptions())
+        self._options = options or ReadOptions()
+        self._file = CocoFile(path, classes, self._options)
         self.seen: Counter[Dialect] = Counter()
 
     def read(self, image_id: str, size: tuple[int, int], labels: tuple[int, ...] | None) -> Seed:
         """The seed of an image of height and width `size`; BadItemError if it cannot be used."""
         maps = self._file.read(image_id, size)
         self.seen[maps.dialect] += 1
-        check_classes(maps, self._path, len(self._classes))
-        return to_seed(select(maps, labels, self._path), size, self._path)
+        empty = self._options.empty
+        check_classes(maps, self._path, len(self._classes), empty)
+        return to_seed(select(maps, labels, self._path, empty), size, self._path, empty)
 
     def read_unsized(self, image_id: str, labels: tuple[int, ...] | None) -> Seed:
         """The seed of an image at the size the file gives; BadItemError if it cannot be used."""

@@ -92,6 +92,7 @@ class MaskWriter(BasePredictionWriter):
         self._pending: deque[Future[None]] = deque()
         self._records: RecordFile | None = None
         self._batch_began = 0.0
+        self._limit: int | float | None = None  # the trainer's own, while another is in force
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the folder and take finished images out of the run, before a model is loaded."""
@@ -105,6 +106,7 @@ class MaskWriter(BasePredictionWriter):
         find = partial(finished_by, shared=shard is not None)
         self._skipped = find(self._folder, config, self._ids) if keep else frozenset()
         datamodule.exclude(self._skipped)
+        self._limit = trainer.limit_predict_batches
         _suit_to_what_is_left(len(self._ids) - len(self._skipped), trainer)
         self._folder.make()
         self._processes = ProcessFiles(self.out, shard)
@@ -145,6 +147,7 @@ class MaskWriter(BasePredictionWriter):
         """Finish writing; rank 0 waits for the others' files and prints the last line."""
         if stage != "predict" or self._pool is None:
             return
+        self._restore_limit(trainer)
         self._collect(leave=0)
         self._close()
         self._processes.finish(trainer.global_rank)
@@ -158,6 +161,7 @@ class MaskWriter(BasePredictionWriter):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Let files already handed over be written; rank 0 need not wait for this process."""
+        self._restore_limit(trainer)
         if self._pool is None:
             return
         try:
@@ -165,6 +169,11 @@ class MaskWriter(BasePredictionWriter):
         except G4SegError as error:  # beside the one that ends the run
             print(f"error: {error}", file=sys.stderr)
         self._processes.finish(trainer.global_rank, failed=True)
+
+    def _restore_limit(self, trainer: pl.Trainer) -> None:
+        """Let the same trainer predict again, where this run had nothing to do."""
+        if self._limit is not None:
+            trainer.limit_predict_batches, self._limit = self._limit, None
 
     def _submit(self, item: RefinedMask | FailedSample, seconds: float) -> None:
         """Queue one image, or record its failure."""
@@ -252,6 +261,8 @@ def _suit_to_what_is_left(left: int, trainer: pl.Trainer) -> None:
     processes = trainer.world_size
     if left == 0:
         trainer.limit_predict_batches = 0
+        # An earlier run of this trainer left the number of its batches, and the loop would go on.
+        trainer.predict_loop.max_batches = []
     elif left < processes:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not datamodule.allow_zero_length_dataloader_with_multiple_devices:

@@ -14,6 +14,7 @@ from g4seg_pl.core.diffusion import seeded_noise
 from g4seg_pl.core.protocols import FeatureExtractor, Generator, ImageCache
 
 _NAME = "{}"
+_KEPT_PROMPTS = 512  # all classes of Context; 160 MB for SDXL
 
 
 @dataclass
@@ -36,7 +37,7 @@ class RefinementContext:
         masks_per_pass: how many masks, or images, at most enter the U-Net, the autoencoder or
             the feature extractor at once: the bound on memory.
         prompt_embeddings: embeddings by prompt; give the same dictionary to the next batch, and
-            no prompt is embedded twice in a run.
+            no prompt is embedded twice in a run, unless hundreds of others lie between.
         first_draw: added to the number of every draw of noise, so that the same steps can be run
             again under other noise.
         cache: keeps latents and reference features from run to run, of just this generator and
@@ -114,13 +115,19 @@ class RefinementContext:
             yield slice(begin, min(begin + self.masks_per_pass, count))
 
     def embed(self, prompts: tuple[str, ...]) -> Float[Tensor, "b l d"]:
-        """Return the embeddings of prompts, each computed once."""
+        """Return the embeddings of prompts; those of the last few hundred are kept."""
         missing = tuple(dict.fromkeys(p for p in prompts if p not in self.prompt_embeddings))
         for part in self.parts(len(missing)):
             with torch.inference_mode(mode=False), torch.no_grad():
                 embeddings = self.generator.embed(missing[part])
             self.prompt_embeddings.update(zip(missing[part], embeddings, strict=True))
-        return torch.stack([self.prompt_embeddings[prompt] for prompt in prompts])
+        # Those used last stand last; prompts that name sets of classes would otherwise pile up.
+        for prompt in dict.fromkeys(prompts):
+            self.prompt_embeddings[prompt] = self.prompt_embeddings.pop(prompt)
+        found = torch.stack([self.prompt_embeddings[prompt] for prompt in prompts])
+        for prompt in list(self.prompt_embeddings)[:-_KEPT_PROMPTS]:
+            del self.prompt_embeddings[prompt]
+        return found
 
     def prompt(self, names: tuple[str, ...]) -> tuple[str, Bool[Tensor, "c l"]]:
         """Return the prompt that names the given classes, and where each name's tokens are.

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional
 
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.generation import Rows, in_parts, noised, rows_per_class
 from g4seg_pl.core.guided import Upsampling, bring_up, check_edges
+from g4seg_pl.core.propagation import fused_product
 from g4seg_pl.core.protocols import AttentionRecord
 from g4seg_pl.core.resize import min_max, resize_maps
 from g4seg_pl.core.threshold import centre_threshold, check_threshold, restore_threshold
@@ -147,15 +147,8 @@ def spread_by_self_attention(
         maps: at the finest resolution.
     """
     grid = max(record.grid for record in records)
-    values = resize_maps(maps, grid).flatten(1)[:, None, :, None]
-    moved = []
-    for record in records:
-        if record.grid == grid:
-            query, key = record.query.float(), record.key.float()
-            # Fused attention with the map as every channel of the value: no matrix is stored.
-            value = values.expand(*key.shape[:3], key.shape[3])
-            spread = functional.scaled_dot_product_attention(query, key, value, scale=record.scale)
-            moved.append(spread[..., 0])
+    values = resize_maps(maps, grid).flatten(1)[:, None]
+    moved = [fused_product(values, record) for record in records if record.grid == grid]
     return torch.cat(moved, dim=1).mean(1).reshape(-1, *grid)
 
 

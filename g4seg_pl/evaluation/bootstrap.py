@@ -1,16 +1,13 @@
 """Standard errors by resampling images: of a score, and of the gain between two runs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from g4seg_pl.evaluation.confusion import (
-    Counts,
-    Fractions,
-    divide,
-    intersection_and_union,
-    mean_iou,
-)
+from g4seg_pl.evaluation.confusion import Counts, Fractions, divide, mean_overlap, overlaps_of
+
+_RESAMPLES_AT_ONCE = 50
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,11 @@ def bootstrap_mean_iou(counts: Counts, resamples: int = 1000, seed: int = 0) -> 
     Returns:
         the estimate, in [0, 1].
     """
-    draws = resampled_mean_iou(counts, _image_weights(len(counts), resamples, seed))
-    return _estimate(mean_iou(counts), draws)
+    return bootstrap_overlaps(overlaps_of(counts), resamples, seed)
 
 
 def paired_gain(before: Counts, after: Counts, resamples: int = 1000, seed: int = 0) -> Estimate:
     """The gain in mIoU from ``before`` to ``after`` on the same images, with its standard error.
-
-    Both are resampled by the same draws, so what makes an image hard cancels.
 
     Args:
         before: confusion matrices ``(N, C, C)``.
@@ -60,34 +54,61 @@ def paired_gain(before: Counts, after: Counts, resamples: int = 1000, seed: int 
     Raises:
         ValueError: if the shapes differ.
     """
+    return paired_overlaps(overlaps_of(before), overlaps_of(after), resamples, seed)
+
+
+def bootstrap_overlaps(overlaps: Counts, resamples: int = 1000, seed: int = 0) -> Estimate:
+    """As :func:`bootstrap_mean_iou`, of intersections and unions ``(N, 2, C)``."""
+    parts = _image_weights(len(overlaps), resamples, seed)
+    draws = np.concatenate([resampled_mean_iou(overlaps, weights) for weights in parts])
+    return _estimate(mean_overlap(overlaps), draws)
+
+
+def paired_overlaps(
+    before: Counts, after: Counts, resamples: int = 1000, seed: int = 0
+) -> Estimate:
+    """As :func:`paired_gain`, of intersections and unions ``(N, 2, C)``.
+
+    Both are resampled by the same draws, so what makes an image hard cancels.
+    """
     if before.shape != after.shape:
         msg = f"a paired gain needs the same images twice, got {before.shape} and {after.shape}"
         raise ValueError(msg)
-    weights = _image_weights(len(before), resamples, seed)
-    draws = resampled_mean_iou(after, weights) - resampled_mean_iou(before, weights)
-    return _estimate(mean_iou(after) - mean_iou(before), draws)
+    draws = [
+        resampled_mean_iou(after, weights) - resampled_mean_iou(before, weights)
+        for weights in _image_weights(len(before), resamples, seed)
+    ]
+    return _estimate(mean_overlap(after) - mean_overlap(before), np.concatenate(draws))
 
 
-def resampled_mean_iou(counts: Counts, weights: Fractions) -> Fractions:
+def resampled_mean_iou(overlaps: Counts, weights: Fractions) -> Fractions:
     """MIoU of every resample.
 
     Args:
-        counts: confusion matrices ``(N, C, C)``.
+        overlaps: intersections and unions ``(N, 2, C)``.
         weights: how often each image was drawn, ``(R, N)``.
 
     Returns:
         ``(R,)``.
     """
-    intersection, union = intersection_and_union(counts)
-    iou = divide(weights @ intersection.astype(float), weights @ union.astype(float))
+    iou = divide(
+        weights @ overlaps[:, 0].astype(float),
+        weights @ overlaps[:, 1].astype(float),
+    )
     present = ~np.isnan(iou)
     return divide(np.where(present, iou, 0.0).sum(axis=1), present.sum(axis=1))
 
 
-def _image_weights(images: int, resamples: int, seed: int) -> Fractions:
-    """Multiplicity of each image in each draw of ``images`` with replacement, ``(R, N)``."""
+def _image_weights(images: int, resamples: int, seed: int) -> Iterator[Fractions]:
+    """Multiplicity of each image in each draw of ``images`` with replacement, ``(r, N)`` a part.
+
+    In parts, so that memory does not grow with images times resamples.
+    """
     rng = np.random.default_rng(seed)
-    return rng.multinomial(images, np.full(images, 1 / images), size=resamples).astype(float)
+    even = np.full(images, 1 / images)
+    for begin in range(0, resamples, _RESAMPLES_AT_ONCE):
+        size = min(_RESAMPLES_AT_ONCE, resamples - begin)
+        yield rng.multinomial(images, even, size=size).astype(float)
 
 
 def _estimate(value: float, draws: Fractions) -> Estimate:

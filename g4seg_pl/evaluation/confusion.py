@@ -75,6 +75,32 @@ def intersection_and_union(counts: Counts) -> tuple[Counts, Counts]:
     return intersection, union
 
 
+def overlaps_of(counts: Counts) -> Counts:
+    """All of a matrix that IoU is made of, in 2 C numbers instead of C².
+
+    Args:
+        counts: ``(..., C, C)``.
+
+    Returns:
+        intersection and union of every class, ``(..., 2, C)``.
+    """
+    return np.stack(intersection_and_union(counts), axis=-2)
+
+
+def mean_overlap(overlaps: Counts) -> float:
+    """The mIoU of intersections and unions ``(2, C)``, or ``(N, 2, C)``, which are summed first.
+
+    Raises:
+        ValueError: if no pixel was counted.
+    """
+    intersection, union = overlaps if overlaps.ndim == 2 else overlaps.sum(axis=0)
+    iou = divide(intersection, union)
+    if np.isnan(iou).all():
+        msg = "no pixel was counted: every truth pixel is 255, or there are no images"
+        raise ValueError(msg)
+    return float(np.nanmean(iou))
+
+
 def class_iou(counts: Counts) -> Fractions:
     """Intersection over union of every class.
 
@@ -97,11 +123,7 @@ def mean_iou(counts: Counts) -> float:
     Raises:
         ValueError: if no pixel was counted.
     """
-    iou = class_iou(total(counts))
-    if np.isnan(iou).all():
-        msg = "no pixel was counted: every truth pixel is 255, or there are no images"
-        raise ValueError(msg)
-    return float(np.nanmean(iou))
+    return mean_overlap(overlaps_of(total(counts)))
 
 
 def pixel_accuracy(counts: Counts) -> float:

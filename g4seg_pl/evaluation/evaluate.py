@@ -17,18 +17,16 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from datamodules.files import File, openable
-from g4seg_pl.evaluation.bootstrap import bootstrap_mean_iou
+from g4seg_pl.evaluation.bootstrap import bootstrap_overlaps
 from g4seg_pl.evaluation.boundary import boundary_counts, trimap
 from g4seg_pl.evaluation.confusion import (
     Counts,
     Fractions,
     Prediction255,
-    class_iou,
     confusion_matrix,
     divide,
-    mean_iou,
-    pixel_accuracy,
-    total,
+    mean_overlap,
+    overlaps_of,
 )
 from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.types import BadItemError, ConfigurationError
@@ -39,15 +37,17 @@ TRIMAP_WIDTH = 5
 
 @dataclass(frozen=True)
 class ImageScore:
-    """The counts of one image.
+    """The counts of one image: of each class, intersection and union with the truth, ``(2, C)``.
 
     Attributes:
-        confusion: ``(C, C)``, rows are the truth.
-        boundary: intersection and union of the boundary bands, ``(2, C)``; None if not asked for.
-        trimap: confusion matrix ``(C, C)`` within the trimap; None if not asked for.
+        overlap: of the whole image.
+        pixels: how many were counted.
+        boundary: of the boundary bands; None if not asked for.
+        trimap: within the trimap; None if not asked for.
     """
 
-    confusion: Counts
+    overlap: Counts
+    pixels: int
     boundary: Counts | None = None
     trimap: Counts | None = None
 
@@ -132,13 +132,15 @@ def summarise(scores: Sequence[ImageScore], resamples: int = 1000) -> dict[str, 
         ``miou``, ``miou_se``, ``iou`` (a list over labels), ``pixel_accuracy``, ``n_images`` and,
         where they were counted, ``boundary_iou`` and ``trimap_miou``.
     """
-    confusion = np.stack([score.confusion for score in scores])
-    estimate = bootstrap_mean_iou(confusion, resamples)
+    overlaps = np.stack([score.overlap for score in scores])
+    estimate = bootstrap_overlaps(overlaps, resamples)
+    intersection, union = overlaps.sum(axis=0)
+    pixels = sum(score.pixels for score in scores)
     result = {
         "miou": 100 * estimate.value,
         "miou_se": 100 * estimate.standard_error,
-        "iou": _percentages(class_iou(total(confusion))),
-        "pixel_accuracy": 100 * pixel_accuracy(confusion),
+        "iou": _percentages(divide(intersection, union)),
+        "pixel_accuracy": 100 * float(divide(intersection.sum(), pixels)),
         "n_images": len(scores),
     }
     bands = [score.boundary for score in scores if score.boundary is not None]
@@ -147,7 +149,7 @@ def summarise(scores: Sequence[ImageScore], resamples: int = 1000) -> dict[str, 
         result["boundary_iou"] = 100 * float(np.nanmean(divide(intersection, union)))
     trimaps = [score.trimap for score in scores if score.trimap is not None]
     if trimaps:
-        result["trimap_miou"] = 100 * mean_iou(np.stack(trimaps))
+        result["trimap_miou"] = 100 * mean_overlap(np.stack(trimaps))
     return result
 
 
@@ -184,12 +186,14 @@ def score_image(
         confusion_matrix, prediction, num_classes=num_classes, prediction_255=prediction_255
     )
     confusion = count(truth)
+    overlap, pixels = overlaps_of(confusion), int(confusion.sum())
     if not boundary:
-        return ImageScore(confusion)
+        return ImageScore(overlap, pixels)
     filled = np.where(prediction == 255, 0, prediction)
     scored = truth if prediction_255 == "background" else np.where(prediction == 255, 255, truth)
     bands = np.stack(boundary_counts(filled, scored, num_classes))
-    return ImageScore(confusion, bands, count(trimap(truth, TRIMAP_WIDTH)))
+    within = overlaps_of(count(trimap(truth, TRIMAP_WIDTH)))
+    return ImageScore(overlap, pixels, bands, within)
 
 
 def read_labels(path: File) -> NDArray[np.uint8]:

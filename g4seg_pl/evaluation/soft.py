@@ -35,6 +35,8 @@ def threshold_counts(
         images and take :func:`~g4seg_pl.evaluation.confusion.mean_iou` of each.
     """
     scored = truth != IGNORED_TRUTH
+    if not len(foreground):  # all of it is background at any threshold
+        foreground, class_ids = np.zeros((1, *truth.shape)), (0,)
     height = foreground.max(axis=0)[scored]
     winner = np.asarray(class_ids, np.int64)[foreground.argmax(axis=0)[scored]]
     rows = truth[scored].astype(np.int64)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from g4seg_pl.evaluation.bootstrap import bootstrap_mean_iou
-from g4seg_pl.evaluation.confusion import Counts, mean_iou
+from g4seg_pl.evaluation.bootstrap import bootstrap_overlaps
+from g4seg_pl.evaluation.confusion import Counts, mean_overlap, overlaps_of
 from g4seg_pl.evaluation.soft import threshold_counts
 from g4seg_pl.types import BadItemError, ConfigurationError, Sample
 
@@ -68,7 +68,7 @@ def otsu(data: "SeedDataModule", json: Path | None = None) -> float:
     histogram = np.zeros(BINS, dtype=np.int64)
     count = 0
     for sample in _samples(data, with_truth=False):
-        best = sample.seed.scores.numpy().max(axis=0)
+        best = sample.seed.scores.numpy().max(axis=0, initial=0.0)
         histogram += np.histogram(best, BINS, (0, 1))[0]
         count += 1
     threshold = otsu_threshold(histogram)
@@ -114,9 +114,9 @@ def sweep(
             "threshold chosen on them cannot be scored on them; give two splits"
         )
         raise ConfigurationError(message)
-    curve = [100 * mean_iou(counts) for counts in _counts(choose, grid).swapaxes(0, 1)]
+    curve = [100 * mean_overlap(part) for part in _overlaps(choose, grid).swapaxes(0, 1)]
     best = int(np.argmax(curve))
-    scored = bootstrap_mean_iou(_counts(report, grid[best : best + 1])[:, 0])
+    scored = bootstrap_overlaps(_overlaps(report, grid[best : best + 1])[:, 0])
     found = {
         "rule": "sweep",
         "ground_truth": "used to choose, on another split than the one reported",
@@ -143,21 +143,22 @@ def _samples(data: "SeedDataModule", *, with_truth: bool) -> Iterator[Sample]:
             yield item
 
 
-def _counts(data: "SeedDataModule", thresholds: Sequence[float]) -> Counts:
-    """Confusion matrices ``(N, T, C, C)``."""
+def _overlaps(data: "SeedDataModule", thresholds: Sequence[float]) -> Counts:
+    """Intersections and unions ``(N, T, 2, C)``."""
     classes = len(data.class_list) + 1
-    counts = []
+    found = []
     for sample in _samples(data, with_truth=True):
         maps, truth = sample.seed.scores.numpy(), sample.truth
         if truth is None:
             message = f"{sample.image_id} has no ground truth: a sweep needs it"
             raise BadItemError(message)
         ids = sample.seed.class_ids
-        counts.append(threshold_counts(maps, ids, truth.numpy(), classes, thresholds))
-    if not counts:
+        counts = threshold_counts(maps, ids, truth.numpy(), classes, thresholds)
+        found.append(overlaps_of(counts))
+    if not found:
         message = f"split {getattr(data, 'split', None)} has no image"
         raise ConfigurationError(message)
-    return np.stack(counts)
+    return np.stack(found)
 
 
 def _tell(found: dict[str, Any], path: Path | None) -> None:

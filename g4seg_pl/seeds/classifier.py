@@ -47,14 +47,13 @@ class ResNetClassifier(nn.Module):
         self.resnet.fc = nn.Identity()
         _keep_resolution(self.resnet.layer4)
         self.head = nn.Conv2d(width, classes, 1, bias=False)
+        self.requires_grad_()
 
     def features(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
         """Return the last stage's maps of normalised images."""
         net = self.resnet
         maps = net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images))))))
-        frozen = self.training and not self.train_all
-        # The first two stages stay as ImageNet left them.
-        deep: Tensor = net.layer4(net.layer3(maps.detach() if frozen else maps))
+        deep: Tensor = net.layer4(net.layer3(maps))
         return deep
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b k"]:
@@ -62,6 +61,16 @@ class ResNetClassifier(nn.Module):
         pooled = self.features(images).mean((2, 3), keepdim=True)
         logits: Tensor = self.head(pooled)[:, :, 0, 0]
         return logits
+
+    def requires_grad_(self, requires_grad: bool = True) -> "ResNetClassifier":
+        """Ask for gradients of what is trained; the first two stages stay as ImageNet left them."""
+        super().requires_grad_(requires_grad)
+        if not self.train_all:
+            # Said beforehand: processes that exchange gradients wait for all that are expected.
+            net = self.resnet
+            for stage in (net.conv1, net.bn1, net.layer1, net.layer2):
+                stage.requires_grad_(False)
+        return self
 
     def train(self, mode: bool = True) -> "ResNetClassifier":
         """Set the mode; batch norms stay in evaluation unless everything is trained."""

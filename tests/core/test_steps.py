@@ -142,6 +142,19 @@ def test_what_depends_on_an_image_or_prompt_alone_is_computed_once(
     assert generator.calls["embed"] == 4
 
 
+def test_prompts_of_many_sets_of_classes_do_not_pile_up(
+    make_context: ContextMaker, generator: CountingGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("g4seg_pl.core.context._KEPT_PROMPTS", 3)
+    context = make_context()
+    for index in range(6):
+        context.embed(("a dog", f"a photo of {index} cats"))
+    assert list(context.prompt_embeddings) == ["a photo of 4 cats", "a dog", "a photo of 5 cats"]
+    assert generator.calls["embed"] == 7
+    assert len(context.embed(tuple("abcd"))) == 4
+    assert len(context.prompt_embeddings) == 3
+
+
 def test_guidance_costs_a_second_pass_without_injection(
     make_context: ContextMaker, foreground: Tensor, generator: CountingGenerator
 ) -> None:

@@ -12,6 +12,8 @@ from datamodules.seed_files import (
     open_seeds,
     read_seed,
 )
+from datamodules.seed_files.maps import ReadOptions
+from g4seg_pl.evaluation.soft import threshold_counts
 from g4seg_pl.types import BadItemError, ConfigurationError
 
 
@@ -50,6 +52,20 @@ def test_bad_seeds_name_file_and_field(name: str, maps: Maps, tmp_path: Path) ->
     np.save(path, array, allow_pickle=True)
     with pytest.raises(BadItemError, match=rf"2007_000032\.npy.*{message}"):
         read_seed(path, SIZE, CLASSES)
+
+
+@pytest.mark.parametrize("name", ["no class", "empty map"])
+def test_what_is_empty_is_kept_on_request(name: str, maps: Maps, tmp_path: Path) -> None:
+    content = bad_seeds(maps)[name][0]
+    path = tmp_path / "a.npy"
+    np.save(path, np.array(content, dtype=object), allow_pickle=True)
+    with pytest.raises(BadItemError, match=r"seed_options\.empty"):
+        read_seed(path, SIZE, CLASSES)
+    seed = read_seed(path, SIZE, CLASSES, options=ReadOptions(empty="keep"))
+    assert len(seed.class_ids) == len(seed.scores) == len(content["keys"])
+    counts = threshold_counts(seed.scores.numpy(), seed.class_ids, np.zeros(SIZE), 21, [0.2, 0.99])
+    assert counts.sum() == 2 * SIZE[0] * SIZE[1]
+    assert counts[:, 0, 3].sum() == 0
 
 
 def test_bad_mat_and_suffix(tmp_path: Path) -> None:

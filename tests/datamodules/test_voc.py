@@ -48,6 +48,16 @@ def test_train_aug_is_derived_without_a_list(voc: Path) -> None:
     assert ids(module(voc, "train_aug")) == ["e", "a"]
 
 
+def test_aug_is_a_split_of_its_own(voc: Path) -> None:
+    lists = voc / "ImageSets" / "Segmentation"
+    (lists / "aug.txt").write_text("d\ne\n")
+    assert ids(module(voc, "train_aug")) == ["a", "b", "d", "e"]
+    (lists / "trainaug.txt").write_text("a\nb\nd\ne\n")
+    assert ids(module(voc, "aug")) == ["d", "e"]
+    (lists / "train_aug.txt").write_text("a\nd\n")
+    assert ids(module(voc, "trainaug")) == ["a", "b", "d", "e"]
+
+
 def test_train_is_scored_on_voc_truth_and_train_aug_on_the_augmented(voc: Path) -> None:
     for split, values in (("train", [0, 3, 255]), ("train_aug", [0, 3, 15, 255])):
         sample = read_all(module(voc, split), test=True)[0]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from g4seg_pl.evaluation.bootstrap import bootstrap_mean_iou, paired_gain, resampled_mean_iou
-from g4seg_pl.evaluation.confusion import mean_iou
+from g4seg_pl.evaluation.confusion import mean_iou, overlaps_of
 
 
 def matrices(seed: int, images: int = 20, classes: int = 4) -> np.ndarray:
@@ -22,7 +22,8 @@ def test_resamples_are_those_of_drawn_images() -> None:
     draws = rng.integers(0, len(counts), (7, len(counts)))
     weights = np.stack([np.bincount(draw, minlength=len(counts)) for draw in draws])
     expected = [mean_iou(counts[draw]) for draw in draws]
-    np.testing.assert_allclose(resampled_mean_iou(counts, weights.astype(float)), expected)
+    found = resampled_mean_iou(overlaps_of(counts), weights.astype(float))
+    np.testing.assert_allclose(found, expected)
 
 
 def test_standard_error_is_near_that_of_many_explicit_draws() -> None:

@@ -39,6 +39,16 @@ def test_features_lie_on_a_sixteenth_without_dilation() -> None:
     assert network.head.weight.shape == (3, 2048, 1, 1)
 
 
+@pytest.mark.parametrize("train_all", [False, True])
+def test_every_weight_that_asks_for_a_gradient_gets_one(train_all: bool) -> None:
+    # Processes that exchange gradients would wait for the others.
+    network = ResNetClassifier("resnet18", 3, train_all=train_all).train()
+    network(torch.randn(2, 3, 32, 32)).sum().backward()
+    weights = list(network.parameters())
+    assert all((each.grad is not None) == each.requires_grad for each in weights)
+    assert all(each.requires_grad for each in weights) == train_all
+
+
 def test_the_mean_of_the_response_is_the_logit(
     network: ResNetClassifier, pictures: list[Tensor]
 ) -> None:

@@ -1,6 +1,8 @@
 """The module under a real Trainer: scores, groups, resuming, weight averages, precision."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +20,7 @@ from lightning.pytorch.callbacks import (
 from PIL import Image
 from segmentation.trees import data_module, label_file, write_tree
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from g4seg_pl.callbacks.crf import CRFSettings
@@ -195,6 +198,21 @@ def test_miou_is_the_data_sets_confusion_matrix(root: Path) -> None:
     assert found["val/miou"] == pytest.approx(100 * float(per_class[counted].mean()), abs=1e-3)
     assert found["val/iou/dog"] == pytest.approx(100 * float(per_class[12]), abs=1e-3)
     assert "val/iou/sheep" not in found or counted[17]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_processes_get_as_many_pictures_and_count_each_once(root: Path, processes: int) -> None:
+    data = data_module(root)
+    data.trainer = SimpleNamespace(world_size=processes, global_rank=0)  # type: ignore[assignment]
+    pictures = data.val_dataloader().dataset
+    counted: list[str] = []
+    for rank in range(processes):
+        # What Lightning puts in for several processes.
+        sampler = DistributedSampler(pictures, processes, rank, shuffle=False)
+        items = [pictures[index] for index in sampler]
+        assert len(items) == math.ceil(len(pictures.items) / processes)
+        counted += [item["image_id"] for item in items if (item["mask"] != 255).any()]
+    assert sorted(counted) == sorted(item.image_id for item in pictures.items)
 
 
 def test_head_learns_ten_times_as_fast(root: Path) -> None:

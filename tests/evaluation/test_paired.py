@@ -1,0 +1,45 @@
+"""Seed and refined masks scored side by side, at the size of COCO."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from g4seg_pl.evaluation.bootstrap import paired_gain
+from g4seg_pl.evaluation.confusion import confusion_matrix, mean_iou
+from g4seg_pl.evaluation.paired import PairedScores
+
+
+def label_maps(count: int, classes: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Truth with 255 in it, and two predictions, the second nearer to it."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        truth = rng.integers(0, classes, (12, 15))
+        near, far = (np.where(rng.random(truth.shape) < p, truth, 0) for p in (0.9, 0.4))
+        found.append((far, near, np.where(rng.random(truth.shape) < 0.1, 255, truth)))
+    return found
+
+
+def test_scores_are_those_of_the_matrices() -> None:
+    maps, scores = label_maps(6, 5), PairedScores(5)
+    other = PairedScores(5)
+    for index, (seed, refined, truth) in enumerate(maps):
+        (scores if index < 4 else other).add(str(index), seed, refined, truth)
+    scores.update([pickle.loads(pickle.dumps(other)), other])
+    before, after = (
+        np.stack([confusion_matrix(each[place], each[2], 5) for each in maps]) for place in (0, 1)
+    )
+    found, gain = scores.summary(100), paired_gain(before, after, 100)
+    assert found["seed_miou"] == pytest.approx(100 * mean_iou(before))
+    assert found["refined_miou"] == pytest.approx(100 * mean_iou(after))
+    assert found["gain"] == pytest.approx(100 * gain.value)
+    assert found["gain_se"] == pytest.approx(100 * gain.standard_error)
+    assert found["n_images"] == 6
+
+
+def test_an_image_takes_little_memory() -> None:
+    scores, images = PairedScores(81), 20
+    for index, (seed, refined, truth) in enumerate(label_maps(images, 81)):
+        scores.add(f"COCO_train2014_{index:012d}", seed, refined, truth)
+    assert len(pickle.dumps(scores)) < images * 6000
