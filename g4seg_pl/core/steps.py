@@ -119,7 +119,7 @@ class Correspondence:
         found, generated = [], []
         for part in in_parts(rows, context):
             images = self.generate(part, context)
-            found.append(self._compare(images, part, context))
+            found.append(self.compare(images, part, context))
             generated.append(images)
         per_row = torch.cat(found)
         context.record("generated", _for_each_mask(torch.cat(generated), rows, context))
@@ -155,7 +155,7 @@ class Correspondence:
             return rows_per_image(foreground, context)
         return rows_per_class(foreground, context, own_noise=self.noise_per == "class")
 
-    def _compare(self, images: Tensor, rows: Rows, context: RefinementContext) -> Tensor:
+    def compare(self, images: Tensor, rows: Rows, context: RefinementContext) -> Tensor:
         """Return δ of Eq. 8, or the discrepancy at the same place, of each row."""
         references = resize_features(context.reference_features, self.match_size)
         references = references[list(rows.owner)]

@@ -2,11 +2,13 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
 
+from g4seg_pl.callbacks.run_record import describe
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.generation import Rows
 from g4seg_pl.core.steps import Correspondence
@@ -19,22 +21,30 @@ _DECIDING = tuple(each.name for each in fields(Correspondence) if each.name not 
 
 @dataclass
 class Generated:
-    """Images that the ways of one batch have generated under one noise seed.
+    """Images that the ways of one batch have generated under one noise seed, and their matches.
 
     Attributes:
-        images: by what determines them.
-        seconds: that each took.
-        spared: seconds that ways were spared so far, because an earlier one had its images.
+        spared: seconds that ways were spared so far, because an earlier one had made the same.
     """
 
-    images: dict[str, Tensor] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
     spared: float = 0.0
+    _made: dict[str, tuple[Tensor, float]] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return what was made under a key, or make it."""
+        if key in self._made:
+            made, seconds = self._made[key]
+            self.spared += seconds
+            return made
+        started = time.perf_counter()
+        made = make()
+        self._made[key] = made, time.perf_counter() - started
+        return made
 
 
 @dataclass(frozen=True)
 class SharedCorrespondence(Correspondence):
-    """The paper's update, its images taken from an earlier way where there is one.
+    """The paper's update, its images and matches taken from an earlier way where there is one.
 
     Attributes:
         generated: where they are kept.
@@ -44,15 +54,15 @@ class SharedCorrespondence(Correspondence):
 
     def generate(self, rows: Rows, context: RefinementContext) -> Tensor:
         """Return x̃₀ of each row, as the plain update generates it."""
-        key = self._key(rows)
-        kept = self.generated
-        if key in kept.images:
-            kept.spared += kept.seconds[key]
-        else:
-            started = time.perf_counter()
-            kept.images[key] = super().generate(rows, context)
-            kept.seconds[key] = time.perf_counter() - started
-        return kept.images[key]
+        generate = super().generate
+        return self.generated.once(self._key(rows), lambda: generate(rows, context))
+
+    def compare(self, images: Tensor, rows: Rows, context: RefinementContext) -> Tensor:
+        """Return δ of each row, as the plain update finds it."""
+        compare = super().compare
+        how = (self.matching, self.match_size, describe(context.features))
+        key = f"{how} {self._key(rows)}"
+        return self.generated.once(key, lambda: compare(images, rows, context))
 
     def _key(self, rows: Rows) -> str:
         settings = [getattr(self, name) for name in _DECIDING]

@@ -11,6 +11,7 @@ from conftest import write_stable_diffusion
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.background import PowerBackground, Threshold, compose_label
 from g4seg_pl.core.context import RefinementContext
+from g4seg_pl.core.correspondence import nearest_neighbours
 from g4seg_pl.core.generation import Rows
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.steps import Blur, Correspondence
@@ -129,11 +130,21 @@ def test_what_is_generated_alike_is_generated_once(
         calls.append((self.timestep, self.injection_weight))
         return generate(self, rows, context)
 
+    matches: list[torch.Tensor] = []
+
+    def matched(queries: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        matches.append(queries)
+        return nearest_neighbours(queries, references)
+
     monkeypatch.setattr(Correspondence, "generate", counted)
+    monkeypatch.setattr("g4seg_pl.core.steps.nearest_neighbours", matched)
     together = runner.run(ways, scenes(runner), RULE, (0, 1))
     # Three kinds of images under two noise seeds, in as many passes as the memory bound makes.
     assert len(set(calls)) == 3
-    assert calls.count((400, 10.0)) == calls.count((200, 10.0)) == calls.count((400, 0.0))
+    passes = calls.count((400, 10.0))
+    assert passes == calls.count((200, 10.0)) == calls.count((400, 0.0))
+    # Matched anew: all but `half`, which mixes alike, and `same place`, which matches nothing.
+    assert len(matches) == 5 * passes
     for name, runs in together.items():
         for one, two in zip(runs, alone[name], strict=True):
             np.testing.assert_array_equal(one.counts, two.counts)
