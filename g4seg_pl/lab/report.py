@@ -32,7 +32,8 @@ HEAD = """# Results
 Every figure below was measured in the embedded world (procedural scenes and the small models in
 this repository) and written by `make lab`; nothing here is a result of Stable Diffusion on VOC,
 Context or COCO. Settings were chosen on validation scenes, figures are of test scenes. The paper's
-own figures, where they stand, are marked (P).
+own figures, where they stand, are marked (P). Seconds depend on the machine that made a table:
+compare them within one, and across tables in that of costs.
 """
 
 
