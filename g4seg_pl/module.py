@@ -15,6 +15,7 @@ from g4seg_pl.backbones.pretrained import load_generator
 from g4seg_pl.backbones.tiny_decoder import check_decoder
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold, compose_label
 from g4seg_pl.core.steps import Correspondence, UpdateStep
+from g4seg_pl.core.threshold import told_threshold
 from g4seg_pl.feature_cache import check_folder, open_cache
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
@@ -37,7 +38,8 @@ class G4SegModule(pl.LightningModule):
 
     Args:
         model: a diffusers folder or hub id of Stable Diffusion 1.x or 2.x, an LCM or SDXL.
-        update: the update steps in order; the paper's one if None.
+        update: the update steps in order; the paper's one if None. Steps whose ``threshold`` has
+            its default take that of ``background``, where it has one.
         features: F of Eq. 8, an extractor of dense features; the model's own autoencoder
             if None.
         background: how the background is scored when label maps are made.
@@ -159,12 +161,18 @@ class G4SegModule(pl.LightningModule):
         self._refiner = G4SegRefiner(
             generator,
             self.features,
-            self.update,
+            self._steps(),
             seed=self.seed,
             prompt_template=self.prompt_template,
             masks_per_pass=self.masks_per_pass,
             cache=cache,
         )
+
+    def _steps(self) -> tuple[UpdateStep, ...]:
+        """The update, its steps told where the labels are cut."""
+        if isinstance(self.background, Threshold) and 0 < self.background.value < 1:
+            return tuple(told_threshold(step, self.background.value) for step in self.update)
+        return self.update
 
     def predict_step(
         self, batch: list[Sample | FailedSample], batch_idx: int = 0

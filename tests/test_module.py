@@ -16,11 +16,13 @@ from datamodules import VOCDataModule
 from datamodules.seed_files.maps import ReadOptions
 from g4seg_pl.callbacks.records import read_records
 from g4seg_pl.callbacks.writer import MaskWriter
+from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.confidence import Averaged
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.null_text import NullTextCorrespondence
 from g4seg_pl.core.steps import Blur, Correspondence
+from g4seg_pl.core.threshold import told_threshold
 from g4seg_pl.evaluation.evaluate import evaluate
 from g4seg_pl.module import G4SegModule
 from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask
@@ -111,6 +113,19 @@ def test_one_bad_image_does_not_stop_the_batch(tmp_path: Path, sd1_folder: Path)
     outcomes = predicted(G4SegModule(str(sd1_folder)), datamodule)
     assert isinstance(outcomes[IDS[1]], FailedSample)
     assert isinstance(outcomes[IDS[2]], RefinedMask)
+
+
+def test_steps_are_told_where_labels_are_cut(tmp_path: Path, sd1_folder: Path) -> None:
+    def masks(threshold: float, step: Any) -> list[torch.Tensor]:
+        module = G4SegModule(str(sd1_folder), [step], background=Threshold(threshold))
+        return [each.foreground for each in predicted(module, data(tmp_path)).values()]
+
+    told, own = masks(0.15, Affinity()), masks(0.15, Affinity(threshold=0.15))
+    assert all(map(torch.equal, told, own))
+    assert not all(map(torch.equal, told, masks(0.5, Affinity())))
+    for given, found in ((0.3, 0.3), (0.5, 0.15)):
+        nested = told_threshold(Averaged([Affinity(threshold=given)]), 0.15)
+        assert nested.steps[0].threshold == found
 
 
 def test_test_scores_seed_and_refined(tmp_path: Path, sd1_folder: Path) -> None:

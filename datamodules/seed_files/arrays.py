@@ -123,5 +123,5 @@ def write_npy(
 ) -> None:
     """Writes all classes ``(classes, H, W)`` as float16, absent ones zero, without background."""
     full = np.zeros((classes, *scores.shape[1:]), dtype=np.float16)
-    full[np.array(class_ids) - 1] = scores
+    full[np.array(class_ids, dtype=np.intp) - 1] = scores
     np.save(stream, full)

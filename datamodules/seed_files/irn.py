@@ -45,7 +45,9 @@ def write(stream: BinaryIO, class_ids: tuple[int, ...], scores: NDArray[np.float
 
     full = torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float32))
     height, width = ((side - 1) // STRIDE + 1 for side in scores.shape[1:])
-    small = interpolate(full[None], (height, width), mode="bilinear", align_corners=False)[0]
+    small = full.new_zeros(0, height, width)
+    if len(full):
+        small = interpolate(full[None], (height, width), mode="bilinear", align_corners=False)[0]
     content = {
         "keys": torch.tensor(class_ids, dtype=torch.int64) - 1,
         # A float32 tensor, because IRN calls `.cuda()` on it and multiplies it with float32.

@@ -114,5 +114,7 @@ def write_weaktr(
 
 def _with_background(scores: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
     """The background, what the strongest class leaves (1 - max), then all divided by their sum."""
-    full = np.concatenate([1 - scores.max(axis=0, keepdims=True), scores]).astype(np.float32)
+    full = np.concatenate([1 - scores.max(axis=0, keepdims=True, initial=0.0), scores]).astype(
+        np.float32
+    )
     return np.asarray(full / full.sum(axis=0, keepdims=True), dtype=np.float16)

@@ -56,6 +56,8 @@ class PowerBackground:
 
     def __call__(self, foreground: Float[Tensor, "k H W"]) -> Float[Tensor, "H W"]:
         """Return what the strongest class leaves over, to the power."""
+        if not len(foreground):
+            return foreground.new_ones(foreground.shape[1:])
         return (1 - foreground.amax(0)).pow(self.power)
 
 

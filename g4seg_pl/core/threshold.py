@@ -1,8 +1,13 @@
 """A seed's own threshold, moved to one half and back."""
 
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+_TOLD = ("threshold", "level")
 
 
 def centre_threshold(
@@ -30,6 +35,28 @@ def restore_threshold(
     below = centred * (threshold / 0.5)
     above = 1 - (1 - centred) * ((1 - threshold) / 0.5)
     return torch.where(centred < 0.5, below, above)
+
+
+def told_threshold(step: Any, threshold: float) -> Any:
+    """Return an update step that knows where labels are cut, unless it was told another value.
+
+    Args:
+        step: a dataclass; its fields ``threshold`` and ``level``, and those of the steps that it
+            holds, are replaced where they have their default. Anything else is returned as it is.
+        threshold: of the labels, between 0 and 1.
+    """
+    if isinstance(step, (list, tuple)):
+        return type(step)(told_threshold(each, threshold) for each in step)
+    if not is_dataclass(step) or isinstance(step, type):
+        return step
+    changes: dict[str, Any] = {}
+    for field in fields(step):
+        value = getattr(step, field.name)
+        if field.name in _TOLD and value == field.default:
+            changes[field.name] = threshold
+        elif field.name in ("steps", "candidates"):
+            changes[field.name] = told_threshold(value, threshold)
+    return replace(step, **changes) if changes else step
 
 
 def check_threshold(threshold: float) -> None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
+from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab.cache import Store
 from g4seg_pl.lab.cost import cost_of
 from g4seg_pl.lab.laboratory import CHOSEN, REPOSITORY, Lab
@@ -19,6 +20,9 @@ from g4seg_pl.lab.table import Cell, Table, line_row
 from g4seg_pl.lab.written import build_stages
 from g4seg_pl.types import ConfigurationError
 from g4seg_pl.world.folders import CLIP, GENERATOR
+
+if TYPE_CHECKING:
+    from datamodules.base import SeedDataModule
 
 WAYS = REPOSITORY / "configs" / "paper" / "ways.yaml"
 SIDE_BY_SIDE = (
@@ -114,7 +118,7 @@ def compare(
     images: int = 300,
     first: int = 0,
     noise_seeds: int = 3,
-    data: Any | None = None,
+    data: "SeedDataModule | None" = None,
     background: Threshold | PowerBackground | None = None,
     model: str | None = None,
     ways_file: Path | None = None,
@@ -154,17 +158,23 @@ def compare(
     source: Source
     rule: BackgroundRule
     if data is None:
-        source, rule = lab.source(kind), background or lab.background(kind)
+        if background is not None:
+            message = "background: the world's seeds have chosen thresholds; give it with data"
+            raise ConfigurationError(message)
+        runner = lab.runner()
+        source, rule = lab.source(kind), lab.background(kind)
         if ways_file is None:
             compared = [lab.way(kind, name) for name in names]
         else:
             compared = ways_of(names, read_ways(ways_file))
     else:
+        # What was chosen in the world, F of Eq. 8 among it, holds there.
+        runner = lab.runner(VAEFeatures())
         source, rule = DataSource(data, "files", images), background or Threshold()
         if ways == SIDE_BY_SIDE:
             names = [name for name in names if "best" not in name]
         compared = ways_of(names, read_ways(ways_file or WAYS))
-    made = table_of("compare", source, compared, lab.runner(), rule, range(noise_seeds), resamples)
+    made = table_of("compare", source, compared, runner, rule, range(noise_seeds), resamples)
     made.write(out)
     (out / "table.md").write_text(made.markdown(), encoding="utf-8")
     print(made.markdown())

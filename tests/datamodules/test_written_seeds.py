@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from datamodules.seed_files import (
     read_seed,
     write_seed,
 )
+from datamodules.seed_files.maps import ReadOptions
 
 WRITTEN: list[tuple[WritableDialect, float]] = [
     ("clip_es", 1e-3),
@@ -41,6 +42,17 @@ def test_written_seeds_are_read_back(
     seed = read_seed(path, SIZE, CLASSES)
     assert seed.class_ids == IDS
     np.testing.assert_allclose(seed.scores.numpy(), maps, atol=tolerance)
+
+
+@pytest.mark.parametrize("dialect", get_args(WritableDialect))
+def test_nothing_found_can_be_written(dialect: WritableDialect, tmp_path: Path) -> None:
+    suffix = f".{dialect}" if dialect in ("mat", "npz", "png") else ".npy"
+    path, none = tmp_path / f"a{suffix}", np.zeros((0, *SIZE), np.float32)
+    write_seed(path, (), none, dialect, classes=CLASSES, background=0.5)
+    if dialect in ("clip_es", "irn", "npz", "png", "npy"):
+        seed = read_seed(path, SIZE, CLASSES, options=ReadOptions(empty="keep"))
+        assert seed.class_ids == ()
+        assert seed.scores.shape == (0, *SIZE)
 
 
 def reference_label(
