@@ -88,5 +88,8 @@ def read_class_list(source: str | Path) -> ClassList:
     if not names or "" in names or len({_folded(name) for name in names}) < len(names):
         message = f"class_names: {path} must list at least one class, each name once"
         raise ConfigurationError(message)
+    if _folded(names[0]) == "background":
+        message = f"class_names: {path} begins with {names[0]}; list the classes after it alone"
+        raise ConfigurationError(message)
     prompts = tuple(row[1] if len(row) > 1 and row[1] else row[0] for row in rows)
     return ClassList(names, prompts, tuple(tuple(filter(None, row[2:])) for row in rows))

@@ -49,7 +49,11 @@ def check_model(model: str, revision: str | None = None, kinds: Sequence[Kind] =
         config = read_part(model, "unet", UNet2DConditionModel.load_config, revision=revision)
     kind = _kind(model, config, kinds)
     if folder.is_dir():
-        _require_parts(folder, _PARTS | (_SECOND_TEXT if kind == "sdxl" else {}), kind)
+        parts = _PARTS | (_SECOND_TEXT if kind == "sdxl" else {})
+        _require_parts(folder, parts, kind)
+        for part in parts:
+            if part.startswith("tokenizer"):
+                _require_vocabulary(folder / part)
     if kind == "sdxl":
         _check_additions(model, config, revision)
     return kind
@@ -101,6 +105,17 @@ def _require_parts(folder: Path, parts: dict[str, str], kind: Kind) -> None:
                 f"of a whole diffusers {_NAMES[kind]} model ({names})"
             )
             raise ConfigurationError(message)
+
+
+def _require_vocabulary(tokenizer: Path) -> None:
+    """Refuse a tokenizer without words, which transformers would make out of nothing."""
+    whole, parts = ("tokenizer.json",), ("vocab.json", "merges.txt")
+    if not any(all((tokenizer / name).is_file() for name in names) for names in (whole, parts)):
+        message = (
+            f"{tokenizer} has neither tokenizer.json nor vocab.json with merges.txt, so it knows "
+            "no word; fetch the model's folder again"
+        )
+        raise ConfigurationError(message)
 
 
 def _pipeline(folder: Path) -> str:

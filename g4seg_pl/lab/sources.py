@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -179,6 +180,7 @@ class DataSource(Source):
         self.split = str(getattr(data, "split", "all"))
         self.num_classes = len(data.class_list) + 1
         self._items = {item.image_id: item for item in data.items[:limit]}
+        self._files = self._state_of_files()
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -199,8 +201,24 @@ class DataSource(Source):
         return found
 
     def describe(self) -> Json:
-        """The data module's arguments."""
-        return {"kind": self.kind, "data": describe(self.data)}
+        """The data module's arguments, and what tells its files from changed ones."""
+        return {"kind": self.kind, "data": describe(self.data), "files": self._files}
+
+    def _state_of_files(self) -> str:
+        """Hash of the sizes and times of change of pictures, truth and seeds that lie here."""
+        digest = hashlib.sha256()
+        seeds = self.data.reader.seeds
+        for name, item in self._items.items():
+            try:
+                seed = seeds.path(name) if hasattr(seeds, "path") else self.data.seeds
+            except BadItemError:
+                seed = None  # it is named when it is read
+            for file in (item.image, item.truth, seed):
+                path = Path(file) if isinstance(file, (str, Path)) else None
+                found = path.stat() if path is not None and path.is_file() else None
+                state = None if found is None else (found.st_size, found.st_mtime_ns)
+                digest.update(repr((name, str(file), state)).encode())
+        return digest.hexdigest()[:16]
 
 
 def _packed(seeds: Sequence[Seed]) -> dict[str, NDArray[Any]]:

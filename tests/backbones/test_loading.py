@@ -52,6 +52,13 @@ def test_other_kinds_of_models_are_refused(
         load_components(str(broken_folder), torch.float32)
 
 
+def test_a_tokenizer_without_words_is_refused(broken_folder: Path) -> None:
+    for name in ("tokenizer.json", "vocab.json"):
+        (broken_folder / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(ConfigurationError, match="knows no word"):
+        check_model(str(broken_folder))
+
+
 def test_weights_that_cannot_be_read_are_named(broken_folder: Path) -> None:
     with pytest.raises(ConfigurationError, match="its unet cannot be loaded"):
         load_components(str(broken_folder), torch.float32)

@@ -40,6 +40,13 @@ def test_synonyms() -> None:
     assert voc.find("dragon") is None
 
 
+def test_a_list_that_begins_with_the_background(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("Background\ncat\ndog\n")
+    with pytest.raises(ConfigurationError, match="begins with Background"):
+        read_class_list(path)
+
+
 def test_a_list_with_a_name_twice(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     for content in ("cat\ncat\n", "# none\n", "|cat\n"):

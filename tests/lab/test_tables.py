@@ -230,6 +230,25 @@ def test_compare_as_its_help_says(lab: Lab, tmp_path: Path) -> None:
         compare.compare("blur", background=Threshold(0.9), **places(lab, tmp_path))
 
 
+def test_compare_notices_changed_seeds(lab: Lab, tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    seeds = tmp_path / "cam_out"
+    options = places(lab, tmp_path) | {"model": str(lab.models.generator)}
+
+    def seed_score() -> float:
+        data = VOCDataModule(tmp_path, seeds, num_workers=0)
+        assert compare.compare("blur", data=data, **options) == 0
+        return float(read_table(tmp_path / "out" / "compare.json").rows[0]["mIoU"])
+
+    before = seed_score()
+    assert seed_score() == before
+    for path in seeds.iterdir():
+        content = np.load(path, allow_pickle=True).item()
+        content["attn_highres"] = np.roll(content["attn_highres"], 9, axis=2)
+        np.save(path, content, allow_pickle=True)
+    assert seed_score() < before
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_every_table_of_the_paper_runs_in_the_world(name: str, lab: Lab, tmp_path: Path) -> None:
     options = places(lab, tmp_path) | {"noise_seeds": 1, "images": 4, "quiet": True}
