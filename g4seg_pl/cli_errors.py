@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-SECTIONS = ("model", "data", "trainer", "writer", "out", "override", "seed_everything", "ckpt_path")
+SECTIONS = ("model", "data", "trainer", "writer", "out", "override", "seed_everything")
 
 # Lines that only give the message its shape.
 _SHAPE = re.compile(

@@ -150,7 +150,7 @@ def compare(
         resamples: of the bootstrap.
 
     Returns:
-        0, the exit status.
+        the exit status: 1 if images had to be left out.
     """
     models = Models(model or GENERATOR, clip)
     lab = Lab(models, Store(store), chosen_file=chosen, images=images, first=first, quiet=False)
@@ -178,4 +178,5 @@ def compare(
     made.write(out)
     (out / "table.md").write_text(made.markdown(), encoding="utf-8")
     print(made.markdown())
-    return 0
+    # Images that could not be used were named when they were read.
+    return int(len(source.ids) > int(str(made.protocol["images"])))

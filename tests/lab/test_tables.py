@@ -247,6 +247,9 @@ def test_compare_notices_changed_seeds(lab: Lab, tmp_path: Path) -> None:
         content["attn_highres"] = np.roll(content["attn_highres"], 9, axis=2)
         np.save(path, content, allow_pickle=True)
     assert seed_score() < before
+    next(seeds.iterdir()).unlink()
+    data = VOCDataModule(tmp_path, seeds, num_workers=0)
+    assert compare.compare("blur", data=data, **options) == 1
 
 
 @pytest.mark.parametrize("name", PAPER)
