@@ -133,8 +133,8 @@ class _Ranges(BaseHTTPRequestHandler):
         first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
         part = self.content[int(first) : int(last) + 1]
         self._answer(206, len(part), f"bytes {first}-{last}/{len(self.content)}")
+        _Ranges.served += len(part)  # before the other side can go on
         self.wfile.write(part)
-        _Ranges.served += len(part)
 
     def _answer(self, status: int, length: int, part: str | None = None) -> None:
         self.send_response(status if self.path == "/a.tar" else 404)
