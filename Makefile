@@ -34,9 +34,10 @@ test: lint
 	$(BIN)/python -m pytest
 
 # From nothing: 2 h 0 min, measured on two cores with AVX-512 before claim and sensitivity had three
-# kinds of seeds and three noise seeds, which add about 40 minutes; half as long again on AVX2. Every
-# part resumes and can be run by itself. Tables are made side by side, a thread each, in $(PROCESSES) processes: results are kept by
-# what determines them, wherever they were made.
+# kinds of seeds and three noise seeds, which add about 40 minutes by their core-minutes; half as
+# long again on AVX2. Every part resumes and can be run by itself. Tables are made side by side, a
+# thread each, in $(PROCESSES) processes: results are kept by what determines them, wherever they
+# were made.
 PROCESSES ?= 2
 ONE := OMP_NUM_THREADS=1 $(LAB)
 TABLES := lab-sensitivity lab-signals lab-groups lab-words lab-refiners lab-likelihood lab-makers \

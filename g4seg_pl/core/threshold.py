@@ -37,25 +37,27 @@ def restore_threshold(
     return torch.where(centred < 0.5, below, above)
 
 
-def told_threshold(step: Any, threshold: float) -> Any:
+def told_threshold(step: Any, threshold: float, *, always: bool = False) -> Any:
     """Return an update step that knows where labels are cut, unless it was told another value.
 
     Args:
         step: a dataclass; its fields ``threshold`` and ``level``, and those of the steps that it
             holds, are replaced where they have their default. Anything else is returned as it is.
         threshold: of the labels, between 0 and 1.
+        always: replace other values too, and ``binarise_at`` unless it is None, which is soft.
     """
     if isinstance(step, (list, tuple)):
-        return type(step)(told_threshold(each, threshold) for each in step)
+        return type(step)(told_threshold(each, threshold, always=always) for each in step)
     if not is_dataclass(step) or isinstance(step, type):
         return step
     changes: dict[str, Any] = {}
     for field in fields(step):
         value = getattr(step, field.name)
-        if field.name in _TOLD and value == field.default:
+        binarises = field.name == "binarise_at" and value is not None
+        if (field.name in _TOLD and (always or value == field.default)) or (always and binarises):
             changes[field.name] = threshold
         elif field.name in ("steps", "candidates"):
-            changes[field.name] = told_threshold(value, threshold)
+            changes[field.name] = told_threshold(value, threshold, always=always)
     return replace(step, **changes) if changes else step
 
 

@@ -1,6 +1,6 @@
 """What a way to refine is made of: update steps, and refiners that work at native size."""
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from g4seg_pl.callbacks.run_record import Json, describe
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.steps import UpdateStep
+from g4seg_pl.core.threshold import told_threshold
 from g4seg_pl.types import ConfigurationError, Sample
 
 
@@ -270,21 +271,4 @@ def at_threshold(step: Any, threshold: float) -> Any:
     Its fields ``threshold``, ``binarise_at`` (unless None, which is soft) and ``level`` become
     the threshold in force: none of them is a free setting.
     """
-    if not is_dataclass(step) or isinstance(step, type):
-        return step
-    changes: dict[str, Any] = {}
-    for field in fields(step):
-        value = getattr(step, field.name)
-        if field.name in ("threshold", "level") or (
-            field.name == "binarise_at" and value is not None
-        ):
-            changes[field.name] = threshold
-        elif field.name in ("steps", "candidates"):
-            changes[field.name] = _each_at(value, threshold)
-    return replace(step, **changes)
-
-
-def _each_at(steps: Any, threshold: float) -> Any:
-    if isinstance(steps, (list, tuple)):
-        return [_each_at(step, threshold) for step in steps]
-    return at_threshold(steps, threshold)
+    return told_threshold(step, threshold, always=True)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -14,13 +13,16 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from fake_voc import write_voc
 
 from datamodules import VOCDataModule
+from g4seg_pl.callbacks.run_record import describe
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.evidence import ClassEvidence
+from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab import __main__ as command
 from g4seg_pl.lab import compare, paper
-from g4seg_pl.lab.laboratory import Lab
+from g4seg_pl.lab.laboratory import CHOSEN, Lab
 from g4seg_pl.lab.paper_table import ON_DATA
 from g4seg_pl.lab.pictures import failures
+from g4seg_pl.lab.runner import Runner
 from g4seg_pl.lab.scores import Scores
 from g4seg_pl.lab.table import Table, read_table
 from g4seg_pl.lab.tables import refinement
@@ -29,7 +31,6 @@ from g4seg_pl.lab.tables.explanation import Measurement, claim
 from g4seg_pl.lab.tables.groups import clustered_mean, per_mask
 from g4seg_pl.lab.tables.judging import Judged, likelihood, right
 from g4seg_pl.main import main
-from g4seg_pl.module import G4SegModule
 from g4seg_pl.types import ConfigurationError
 
 PLAIN = ["modules", "sensitivity", "groups", "refiners", "signals", "controls", "costs", "words"]
@@ -211,21 +212,26 @@ def test_compare_on_a_data_module(lab: Lab, tmp_path: Path) -> None:
     assert [row["way"] for row in table.rows] == ["seed", "g4seg", "blur", "g4seg+blur"]
 
 
-def test_compare_as_its_help_says(lab: Lab, tmp_path: Path) -> None:
+def test_compare_as_its_help_says(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_voc(tmp_path)
-    words = ["compare", "--ways", "g4seg,blur", "--data", "VOCDataModule"]
+    table_of, used = compare.table_of, []
+
+    def watched(name: str, source: Any, ways: Any, runner: Runner, *others: Any) -> Table:
+        used.append(describe(runner.features))
+        return table_of(name, source, ways, runner, *others)
+
+    monkeypatch.setattr(compare, "table_of", watched)
+    words = ["compare", "--ways", "blur", "--data", "datamodules.VOCDataModule"]
     words += ["--data.root", str(tmp_path), "--data.seeds", str(tmp_path / "cam_out")]
     words += ["--data.num_workers", "0", "--model", str(lab.models.generator), "--resamples", "9"]
     words += ["--noise_seeds", "1", "--store", str(tmp_path / "s"), "--out", str(tmp_path / "out")]
     assert main(words) == 0
-    by_command = {row["way"]: row["mIoU"] for row in read_table(tmp_path / "out/compare.json").rows}
-    # Matched in the autoencoder's middle features, as predict does, and not where the world does.
-    steps = compare.ways_of(["g4seg"], compare.read_ways(compare.WAYS))[0].stages
-    module = G4SegModule(str(lab.models.generator), steps, background=Threshold())
-    run = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
-    data = VOCDataModule(tmp_path, tmp_path / "cam_out", num_workers=0)
-    found = run.test(module, data, verbose=False)[0]
-    assert by_command["g4seg"] == pytest.approx(found["test/refined_miou"], abs=1e-3)
+    # Matched where predict matches, and not in what was chosen in the embedded world.
+    chosen = json.loads(CHOSEN.read_text(encoding="utf-8"))["features"]
+    assert used == [describe(VAEFeatures())]
+    assert chosen["init_args"] != used[0]["init_args"]
     with pytest.raises(ConfigurationError, match="give it with data"):
         compare.compare("blur", background=Threshold(0.9), **places(lab, tmp_path))
 
