@@ -51,8 +51,9 @@ def check(table: Table, folder: Path) -> None:
 def test_table_runs_and_resumes(
     name: str, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    axes = {axis: values[1:2] for axis, values in refinement.AXES.items()}
-    monkeypatch.setattr(refinement, "AXES", axes)
+    for group in ("AXES", "READINGS"):
+        axes = {axis: values[1:2] for axis, values in getattr(refinement, group).items()}
+        monkeypatch.setattr(refinement, group, axes)
     table = command.TABLES[name](lab)
     check(table, tmp_path)
     if name == "costs":
