@@ -20,7 +20,13 @@ from datamodules.sampling import ProcessSampler, own_part
 from datamodules.seed_files.maps import Dialect, ReadOptions
 from datamodules.seed_files.source import SeedSource, open_seeds
 from datamodules.truth import TruthOptions
-from g4seg_pl.types import BadItemError, ConfigurationError, FailedSample, Sample
+from g4seg_pl.types import (
+    BadItemError,
+    ConfigurationError,
+    FailedSample,
+    Sample,
+    check_counts,
+)
 
 
 class SeedDataModule(LightningDataModule, ABC):
@@ -43,6 +49,9 @@ class SeedDataModule(LightningDataModule, ABC):
         batch_size: images per batch.
         num_workers: reading processes; 0 reads in the main process.
         shard: `i/n` keeps every n-th item from the i-th on: 1/4 to 4/4 (0/4 is 4/4 too).
+
+    Raises:
+        ConfigurationError: no image fits into a batch, or fewer than no processes read.
     """
 
     bundled_classes: ClassVar[str | None] = None
@@ -61,6 +70,8 @@ class SeedDataModule(LightningDataModule, ABC):
         shard: str | None = None,
     ) -> None:
         super().__init__()
+        check_counts(1, batch_size=batch_size)
+        check_counts(0, num_workers=num_workers)
         self.root = as_location(root)
         self.seeds = None if seeds is None else as_location(seeds)
         self.class_names, self.labels = class_names, labels

@@ -1,7 +1,10 @@
 """`g4seg check`: everything that is missing, all at once, before a long run starts."""
 
+import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Only typing here: the command line's help must not wait for torch.
@@ -84,6 +87,43 @@ def _inspect(
         return [], data.reader.read(item, with_truth=truth).seed.class_ids
     except (BadItemError, OSError) as error:
         return [str(error)], ()
+
+
+def data_of_run(words: Sequence[str]) -> list[str]:
+    """Return arguments with ``--data`` in place of a run's file, of which nothing else matters.
+
+    Args:
+        words: as typed; ``-c FILE`` and ``--config FILE`` may name a file of `g4seg predict`, one
+            of configs/ or the config.yaml beside its masks.
+
+    Raises:
+        ConfigurationError: a file cannot be read, or names no data.
+    """
+    left, found = list(words), []
+    while left:
+        option, equals, value = left.pop(0).partition("=")
+        if option in ("-c", "--config") and (equals or left):
+            found += ["--data", json.dumps(_data_of(Path(value if equals else left.pop(0))))]
+        else:
+            found.append(option + equals + value)
+    return found
+
+
+def _data_of(file: Path) -> object:
+    """The data that a run's file names."""
+    import yaml
+
+    from g4seg_pl.types import ConfigurationError
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        message = f"-c {file} cannot be read: {error}; give a file of g4seg predict"
+        raise ConfigurationError(message) from error
+    if not isinstance(content, dict) or not content.get("data"):
+        message = f"-c {file} has no `data`; give a file of g4seg predict, or --data CLASS"
+        raise ConfigurationError(message)
+    return content["data"]
 
 
 def check(

@@ -73,23 +73,27 @@ def parse_line(line: str) -> Line:
     return Line(path.stem, first.lstrip("/"), None if truth and ".." in truth else truth)
 
 
-def read_list(path: Path) -> list[Line]:
+def read_list(path: Path, argument: str = "split") -> list[Line]:
     """Reads a list file.
+
+    Args:
+        path: where it lies.
+        argument: what named it, for errors.
 
     Raises:
         ConfigurationError: there is no such file, or it is empty or no text.
     """
     if not path.is_file():
-        message = f"split: no list file {path}"
+        message = f"{argument}: no list file {path}"
         raise ConfigurationError(message)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        message = f"split: {path} is not a text file of ids: {error}"
+        message = f"{argument}: {path} is not a text file of ids: {error}"
         raise ConfigurationError(message) from error
     entries = [parse_line(line) for line in lines if line.strip()]
     if not entries:
-        message = f"split: the list file {path} is empty"
+        message = f"{argument}: the list file {path} is empty"
         raise ConfigurationError(message)
     return entries
 
@@ -102,7 +106,10 @@ def check_unique(items: list[Item]) -> None:
     """
     counts = Counter(item.image_id for item in items)
     if twice := [image_id for image_id, count in counts.items() if count > 1]:
-        message = f"{len(twice)} ids are listed twice, among them {twice[:3]}: list each image once"
+        message = (
+            f"{len(twice)} ids are listed twice, among them {twice[:3]}: list each image once, and "
+            "keep label files of the same names, such as a.png of a.jpg, in a folder of their own"
+        )
         raise ConfigurationError(message)
 
 
@@ -138,10 +145,12 @@ class ImageFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         # Path.iterdir would make a path of each name.
-        self._names = frozenset(os.listdir(folder) if folder.is_dir() else ())  # noqa: PTH208
+        names = os.listdir(folder) if folder.is_dir() else ()  # noqa: PTH208
+        parts = ((name, *os.path.splitext(name)) for name in names)  # noqa: PTH122
+        self._names = {(stem, suffix.lower()): name for name, stem, suffix in parts}
 
     def find(self, image_id: str) -> Path:
         """The picture of an id; the first suffix, `.jpg`, if there is none."""
-        names = (f"{image_id}{suffix}" for suffix in IMAGE_SUFFIXES)
-        found = next((name for name in names if name in self._names), None)
+        names = (self._names.get((image_id, suffix)) for suffix in IMAGE_SUFFIXES)
+        found = next((name for name in names if name), None)
         return self.folder / (found or f"{image_id}{IMAGE_SUFFIXES[0]}")

@@ -17,23 +17,34 @@ class Command:
     Attributes:
         target: ``module:function``; its signature is the command's arguments.
         help: one line.
+        rewrite: ``module:function`` that makes of the words typed those the signature knows.
     """
 
     target: str
     help: str
+    rewrite: str | None = None
 
     def load(self) -> Callable[..., object]:
         """Import the function."""
-        module, _, name = self.target.partition(":")
-        function: Callable[..., object] = getattr(import_module(module), name)
-        return function
+        return _imported(self.target)
+
+    def words(self, typed: list[str]) -> list[str]:
+        """The words to parse."""
+        if self.rewrite is None:
+            return typed
+        rewritten: list[str] = _imported(self.rewrite)(typed)
+        return rewritten
 
 
 COMMANDS = {
     "demo": Command("g4seg_pl.world.demo:demo", "refine coarse masks of the embedded world"),
     "evaluate": Command("g4seg_pl.evaluation.evaluate:evaluate", "score a folder of label files"),
     "compare": Command("g4seg_pl.lab.compare:compare", "refiners and chains in one table"),
-    "check": Command("datamodules.check:check", "check a data set and its seeds without a model"),
+    "check": Command(
+        "datamodules.check:check",
+        "check a data set and its seeds without a model",
+        "datamodules.check:data_of_run",
+    ),
 }
 
 # Commands with a parser of their own: module, function, help.
@@ -93,13 +104,14 @@ def usage() -> str:
 
 
 def _without_traceback(name: str, words: list[str]) -> int:
-    """Run a command; an error raised on purpose is printed as one sentence."""
+    """Run a command; an error raised on purpose, or about a file, is printed as one sentence."""
     try:
         return _run(name, words)
     except Exception as error:
         from g4seg_pl.types import G4SegError
 
-        if not isinstance(error, G4SegError):
+        about_a_file = isinstance(error, OSError) and error.filename is not None
+        if not isinstance(error, G4SegError) and not about_a_file:
             raise
         print(f"g4seg {name}: error: {error}", file=sys.stderr)
         return 1
@@ -112,12 +124,20 @@ def _run(name: str, words: list[str]) -> int:
 
         return run_trainer([name, *words])
     if name in COMMANDS:
-        return _run_function(COMMANDS[name].load(), name, words)
+        command = COMMANDS[name]
+        return _run_function(command.load(), name, command.words(words))
     if name in OWN_PARSERS:
         status = OWN_PARSERS[name].load()([_with_underscores(word) for word in words])
         return status if isinstance(status, int) else 0
     print(f"g4seg: error: no command {name!r}\n\n{usage()}", file=sys.stderr)
     return 2
+
+
+def _imported(target: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names."""
+    module, _, name = target.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
 
 
 def _run_function(function: Callable[..., object], name: str, words: list[str]) -> int:

@@ -21,7 +21,14 @@ from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.refiner import G4SegRefiner, Refinement
 from g4seg_pl.run_scores import RunScores
-from g4seg_pl.types import ConfigurationError, FailedSample, G4SegError, RefinedMask, Sample
+from g4seg_pl.types import (
+    ConfigurationError,
+    FailedSample,
+    G4SegError,
+    RefinedMask,
+    Sample,
+    check_counts,
+)
 
 # What may be wrong with one image while the others are fine.
 ITEM_ERRORS = (G4SegError, FloatingPointError, torch.OutOfMemoryError)
@@ -126,9 +133,7 @@ class G4SegModule(pl.LightningModule):
         if self.prompt_template.count("{}") != 1:
             msg = f"prompt_template is {self.prompt_template!r}: it needs exactly one {{}}"
             raise ConfigurationError(msg)
-        if self.masks_per_pass < 1:
-            msg = f"masks_per_pass is {self.masks_per_pass}: give 1 or more"
-            raise ConfigurationError(msg)
+        check_counts(1, masks_per_pass=self.masks_per_pass)
         self._require_full_precision()
         self._require_streaming()
         if self._has_work():

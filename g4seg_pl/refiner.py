@@ -106,7 +106,7 @@ class G4SegRefiner:
         features: DenseFeatures | None = None,
         steps: Sequence[UpdateStep] | None = None,
         device: str | torch.device | None = None,
-        dtype: NumberFormat = "auto",
+        dtype: NumberFormat | torch.dtype = "auto",
         variant: str | None = None,
         seed: int = 0,
         prompt_template: str = "A photo of {}",
@@ -122,7 +122,8 @@ class G4SegRefiner:
             features: the feature extractor; None shares the model's own autoencoder.
             steps: the updates, in order, instead of a recipe's.
             device: where to run; None takes a GPU if there is one.
-            dtype: number format; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+            dtype: number format, by name or torch's own; ``auto`` is bfloat16 on a GPU and
+                float32 elsewhere.
             variant: the weight files' variant, such as ``fp16``.
             seed: the run's seed.
             prompt_template: the prompt, with one ``{}`` for the class.

@@ -20,6 +20,18 @@ class ConfigurationError(G4SegError, ValueError):
     """The run as configured cannot work; raised before any model is loaded."""
 
 
+def check_counts(least: int, **given: int) -> None:
+    """Refuse numbers below the least that can work.
+
+    Raises:
+        ConfigurationError: naming the argument.
+    """
+    for name, value in given.items():
+        if value < least:
+            message = f"{name} is {value}: give {least} or more"
+            raise ConfigurationError(message)
+
+
 @dataclass(frozen=True)
 class Seed:
     """A coarse mask per class of one image.

@@ -65,6 +65,7 @@ CONFIGURATIONS = {
     [
         (["--model.model", "nowhere"], "nowhere"),
         (["--data.root", "missing"], "missing"),
+        (["--data.root", ".", "--out", "unreadable.yaml"], "out: unreadable.yaml is a file"),
         (["--data.split", "holdout"], "holdout"),
         (["--model.update.beta", "2"], "beta"),
         (["--model.prompt_template", "A photo"], "prompt_template"),

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
 from datamodules.files import File
-from datamodules.seed_files.maps import Activation, Dialect, ReadOptions, SeedMaps, as_ids, as_maps
+from datamodules.seed_files.maps import (
+    Activation,
+    Dialect,
+    ReadOptions,
+    SeedMaps,
+    as_array,
+    as_ids,
+    as_maps,
+)
 
 
 def matches(content: Mapping[object, object]) -> bool:
@@ -21,10 +29,23 @@ def matches(content: Mapping[object, object]) -> bool:
 
 
 def read_named(content: Mapping[object, object], path: File) -> SeedMaps:
-    """Reads an archive with `class_ids` and `foreground`."""
+    """Reads an archive with `class_ids` and `foreground`.
+
+    Raises:
+        BadItemError: a field cannot be what it is called.
+    """
     ids = as_ids(content["class_ids"], path, "class_ids", first=1)
     maps = as_maps(content["foreground"], path, "foreground")
-    return SeedMaps("npz", ids, maps, resizable="image_size" in content)
+    size = _image_size(content["image_size"], path) if "image_size" in content else None
+    return SeedMaps("npz", ids, maps, resizable=size is not None, image_size=size)
+
+
+def _image_size(value: object, path: File) -> tuple[int, int]:
+    """Height and width, as `write_npz` writes them."""
+    sides = as_array(value, path, "image_size")
+    if sides.shape != (2,) or sides.dtype.kind not in "iu" or sides.min() < 1:
+        raise bad_item(path, f"image_size is {sides.tolist()}", "Write height and width in pixels")
+    return int(sides[0]), int(sides[1])
 
 
 def _layouts(
@@ -92,7 +113,7 @@ def read(
     if labels is None:
         kept &= maps.max(axis=(1, 2), initial=0.0) >= options.present_at
     dialect: Dialect = "npz" if path.suffix == ".npz" else "npy"
-    return SeedMaps(dialect, tuple(int(number) for number in ids[kept]), maps[kept])
+    return SeedMaps(dialect, tuple(int(number) for number in ids[kept]), maps[kept], plain=True)
 
 
 def write_npz(

@@ -68,12 +68,16 @@ class SeedMaps:
         class_ids: label values, 1-based, one per map.
         maps: foreground scores ``(K, h, w)``, floating point.
         resizable: the dialect stores maps smaller than the image, which are resized to it.
+        image_size: height and width of the image, where the file says them.
+        plain: a plain array, whose numbers `ReadOptions.activation` explains.
     """
 
     dialect: Dialect
     class_ids: tuple[int, ...]
     maps: NDArray[np.floating[Any]]
     resizable: bool = False
+    image_size: tuple[int, int] | None = None
+    plain: bool = False
 
 
 def as_array(value: object, path: File, field: str) -> NDArray[Any]:
@@ -165,7 +169,11 @@ def check_scores(maps: SeedMaps, path: File, empty: Empty) -> None:
     """
     low, high = float(maps.maps.min(initial=0.0)), float(maps.maps.max(initial=0.0))
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        remedy = "Set activation to softmax or sigmoid for logits, to byte for 0 to 255"
+        remedy = (
+            "Set activation to softmax or sigmoid for logits, to byte for 0 to 255"
+            if maps.plain
+            else f"Write probabilities into it: as {maps.dialect}, scores are read as they are"
+        )
         raise bad_item(path, f"scores range from {low:.4g} to {high:.4g}, not 0 to 1", remedy)
     peaks = maps.maps.max(axis=(1, 2), initial=0.0)
     lacking = [i for i, peak in zip(maps.class_ids, peaks, strict=True) if peak <= 0]

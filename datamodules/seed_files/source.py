@@ -96,14 +96,15 @@ class SeedFolder:
         """The seed of an image of unknown size, at its own size.
 
         Raises:
-            BadItemError: it cannot be used, or its maps are smaller than the image.
+            BadItemError: it cannot be used, or its maps are smaller than the image and it does
+                not say the image's size.
         """
         path = self.path(image_id)
         maps = self._maps(path, labels)
-        if maps.resizable:
+        if maps.resizable and maps.image_size is None:
             problem = "its maps are smaller than the image, whose size is unknown"
             raise bad_item(path, problem, "Give the folder of images")
-        size = (maps.maps.shape[1], maps.maps.shape[2])
+        size = maps.image_size or (maps.maps.shape[1], maps.maps.shape[2])
         return self._seed(maps, size, labels, path)
 
     def _seed(

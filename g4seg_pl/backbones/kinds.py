@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import CLIPTextConfig
 
 from g4seg_pl.types import ConfigurationError
@@ -43,7 +44,7 @@ def check_model(model: str, revision: str | None = None, kinds: Sequence[Kind] =
     folder = Path(model).expanduser()
     if model and folder.is_dir():
         _require_parts(folder, {"unet": "config.json"}, kinds[0])
-        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        config = _read_json(folder / "unet" / "config.json")
     else:
         require_hub_id(model)
         config = read_part(model, "unet", UNet2DConditionModel.load_config, revision=revision)
@@ -88,7 +89,7 @@ def read_part(model: str, part: str, load: Callable[..., Any], **options: Any) -
     """
     try:
         return load(model, subfolder=part, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         message = (
             f"model {model}: its {part} cannot be loaded ({error}); check the folder or hub id, "
             "and `variant` if its weight files carry one"
@@ -123,7 +124,20 @@ def _pipeline(folder: Path) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         return ""
-    return f" (a {json.loads(index.read_text(encoding='utf-8')).get('_class_name')})"
+    return f" (a {_read_json(index).get('_class_name')})"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The content of a configuration file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        message = f"{file} is no JSON ({error}); fetch the model's folder again"
+        raise ConfigurationError(message) from error
+    if not isinstance(content, dict):
+        message = f"{file} holds no configuration; fetch the model's folder again"
+        raise ConfigurationError(message)
+    return content
 
 
 def _kind(model: str, config: dict[str, Any], kinds: Sequence[Kind]) -> Kind:

@@ -130,15 +130,24 @@ def load_components(
     )
 
 
-def resolve_dtype(dtype: NumberFormat, device: torch.device) -> torch.dtype:
-    """Return the number format named; ``auto`` is bfloat16 on a GPU and float32 elsewhere."""
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the number format named; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
+
+    Args:
+        dtype: a `NumberFormat`, or torch's own.
+        device: where the networks will run.
+
+    Raises:
+        ConfigurationError: networks are not loaded in such a format.
+    """
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }[dtype]
+    formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = dtype if isinstance(dtype, torch.dtype) else formats.get(dtype)
+    if found is None or found not in formats.values():
+        message = f"dtype is {dtype!r}; give auto, {', '.join(formats)} or torch's own of these"
+        raise ConfigurationError(message)
+    return found
 
 
 def _schedule(model: str, config: dict[str, Any]) -> DDPMScheduler:

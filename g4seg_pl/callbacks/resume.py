@@ -180,6 +180,8 @@ def _seed_dialect(datamodule: Any) -> str | None:
 
 def background_rule(module: Any) -> str:
     """The background rule in a few words, as it is printed beside scores."""
+    if told := getattr(module, "label_rule", None):
+        return str(told)
     rule = describe(getattr(module, "background", None))
     if not isinstance(rule, dict):
         return "not recorded"

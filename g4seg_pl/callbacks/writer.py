@@ -98,6 +98,9 @@ class MaskWriter(BasePredictionWriter):
         """Check the folder and take finished images out of the run, before a model is loaded."""
         if stage != "predict":
             return
+        if self.out.exists() and not self.out.is_dir():
+            message = f"out: {self.out} is a file; give a folder for the masks"
+            raise ConfigurationError(message)
         datamodule = _require_datamodule(trainer)
         config = configuration(trainer, self.soft, tars=self.tar is not None)
         datamodule.exclude(())  # what an earlier run in this process left out counts again

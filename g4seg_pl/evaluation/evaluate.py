@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from datamodules.files import File, openable
+from datamodules.items import read_list
 from g4seg_pl.evaluation.bootstrap import bootstrap_overlaps
 from g4seg_pl.evaluation.boundary import boundary_counts, trimap
 from g4seg_pl.evaluation.confusion import (
@@ -29,7 +30,7 @@ from g4seg_pl.evaluation.confusion import (
     overlaps_of,
 )
 from g4seg_pl.segmentation.label_folder import LabelFolder
-from g4seg_pl.types import BadItemError, ConfigurationError
+from g4seg_pl.types import BadItemError, ConfigurationError, check_counts
 
 SHOWN_PROBLEMS = 20
 TRIMAP_WIDTH = 5
@@ -72,13 +73,15 @@ def evaluate(
         gt: folder of ground-truth label files; 255 in them is ignored.
         num_classes: number of labels, background included (21 for VOC).
         json: file for the scores; all of them are in percent.
-        split_list: file with the ids to score, one a line; without it every file in gt.
+        split_list: file with the ids to score, or with lines as a split's, such as
+            /JPEGImages/x.jpg /SegmentationClass/x.png; without it every file in gt.
         pred_255: a predicted 255 counts as background, or its pixels are excluded.
         boundary: also score boundary IoU and the IoU within 5 pixels of a boundary.
         gt_suffix: what follows the id in a ground-truth file's name.
         resamples: bootstrap resamples of the images behind the standard error.
         threads: files read at a time.
     """
+    check_counts(1, resamples=resamples, threads=threads)
     _require_folder(pred, "pred")
     _require_folder(gt, "gt")
     labels = LabelFolder(pred, "pred")
@@ -96,29 +99,6 @@ def evaluate(
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(json_format.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def read_ids(path: Path) -> list[str]:
-    """Ids of a list file: bare names, or lines such as ``/JPEGImages/x.jpg /Seg/x.png``.
-
-    Raises:
-        ConfigurationError: if the file cannot be read or names nothing.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        msg = f"split_list {path} cannot be read ({error.strerror}): give a text file of ids"
-        raise ConfigurationError(msg) from error
-    first_words = [words[0] for line in lines if (words := line.split())]
-    if not first_words:
-        msg = f"split_list {path} names no image: give one id a line"
-        raise ConfigurationError(msg)
-    return list(dict.fromkeys(_id_of(word) for word in first_words))
-
-
-def _id_of(word: str) -> str:
-    """Drop folder and suffix of a path; a bare id keeps its dots."""
-    return Path(word).stem if "/" in word else word
 
 
 def summarise(scores: Sequence[ImageScore], resamples: int = 1000) -> dict[str, Any]:
@@ -169,6 +149,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"split: {report['split']}",
         f"images: {report['n_images']}",
         f"background rule: {report['background_rule']}",
+        f"masks changed by: {report['changed_by']}",
         f"255 in truth: ignored; 255 in predictions: {report['prediction_255']}",
     ]
     return "\n".join(lines)
@@ -252,7 +233,7 @@ def _score_all(
 def _ids_to_score(gt: Path, gt_suffix: str, split_list: Path | None) -> list[str]:
     """The ids of the list, or of every ground-truth file."""
     if split_list is not None:
-        return read_ids(split_list)
+        return list(dict.fromkeys(line.image_id for line in read_list(split_list, "split_list")))
     ids = sorted(path.name.removesuffix(gt_suffix) for path in gt.glob(f"*{gt_suffix}"))
     if not ids:
         msg = f"gt {gt} holds no *{gt_suffix} file: give the folder of label files"
@@ -277,6 +258,7 @@ def _protocol(
         "num_classes": num_classes,
         "split": str(split_list) if split_list else "every ground-truth file",
         "background_rule": record.get("background_rule", "not recorded"),
+        "changed_by": _changed_by(record),
         "model": record.get("model", "not recorded"),
         "prediction_255": prediction_255,
         "truth_255": "ignored",
@@ -290,6 +272,14 @@ def _run_record(masks: Path) -> dict[str, Any]:
             record: dict[str, Any] = json_format.loads(path.read_text(encoding="utf-8"))
             return record
     return {}
+
+
+def _changed_by(record: dict[str, Any]) -> str:
+    """What changed the masks before they were written, such as a dense CRF."""
+    if "config" not in record:
+        return "not recorded"
+    callbacks = record["config"].get("changed_by", [])
+    return ", ".join(each["class_path"].rpartition(".")[2] for each in callbacks) or "nothing"
 
 
 def _percentages(values: Fractions) -> list[float | None]:

@@ -29,7 +29,7 @@ from g4seg_pl.lab.tables.refinement import (
     signals,
 )
 from g4seg_pl.lab.tables.words import open_vocabulary, words
-from g4seg_pl.types import G4SegError
+from g4seg_pl.types import G4SegError, check_counts
 from g4seg_pl.world.folders import CLIP, GENERATOR, TINY_DECODER
 
 TABLES: dict[str, Callable[[Lab], Table]] = {
@@ -75,7 +75,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def make_lab(options: argparse.Namespace) -> Lab:
-    """The lab that the arguments describe."""
+    """The lab that the arguments describe.
+
+    Raises:
+        ConfigurationError: nothing is to be measured.
+    """
+    counts = {"noise_seeds": options.noise_seeds, "resamples": options.resamples}
+    check_counts(1, images=options.images, **counts)
     return Lab(
         Models(options.generator, options.clip),
         Store(options.store),
@@ -93,13 +99,13 @@ def make_lab(options: argparse.Namespace) -> Lab:
 def main(args: Sequence[str] | None = None) -> int:
     """Run what is asked for, in order."""
     options = parser().parse_args(args)
-    lab = make_lab(options)
     wanted = (
         ["choose", *TABLES, "failures", "signal_pictures", "report"]
         if "all" in options.what
         else options.what
     )
     try:
+        lab = make_lab(options)
         for name in wanted:
             _run(name, lab, options)
     except G4SegError as error:

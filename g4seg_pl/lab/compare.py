@@ -18,7 +18,7 @@ from g4seg_pl.lab.sources import DataSource, SeedKind, Source
 from g4seg_pl.lab.stages import Way
 from g4seg_pl.lab.table import Cell, Table, line_row
 from g4seg_pl.lab.written import build_stages
-from g4seg_pl.types import ConfigurationError
+from g4seg_pl.types import ConfigurationError, check_counts
 from g4seg_pl.world.folders import CLIP, GENERATOR
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def compare(
     Returns:
         the exit status: 1 if images had to be left out.
     """
+    check_counts(1, images=images, noise_seeds=noise_seeds, resamples=resamples)
     models = Models(model or GENERATOR, clip)
     lab = Lab(models, Store(store), chosen_file=chosen, images=images, first=first, quiet=False)
     names = [name for name in ways.split(",") if name and name != "seed"]

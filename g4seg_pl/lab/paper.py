@@ -11,6 +11,7 @@ from g4seg_pl.lab.figures import PaperFigure
 from g4seg_pl.lab.laboratory import CHOSEN
 from g4seg_pl.lab.paper_table import CONFIGS, Data, Model, Options, PaperTable
 from g4seg_pl.lab.written import instantiated
+from g4seg_pl.types import check_counts
 from g4seg_pl.world.folders import CLIP
 
 
@@ -59,6 +60,9 @@ def paper(
     Returns:
         0, the exit status.
     """
+    check_counts(
+        1, images=1 if images is None else images, noise_seeds=noise_seeds, resamples=resamples
+    )
     options = Options(
         table,
         world,

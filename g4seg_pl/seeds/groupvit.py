@@ -155,6 +155,11 @@ class GroupVit(SeedMaker):
         self._tokenizer: Any = None
         self._vectors: Tensor | None = None
 
+    @property
+    def label_rule(self) -> str:
+        """How labels are made, for records."""
+        return f"best class, background where none reaches {self.background_threshold:g}"
+
     def configure_model(self) -> None:
         """Load the model, once.
 

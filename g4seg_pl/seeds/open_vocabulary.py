@@ -62,6 +62,13 @@ class OpenVocabularyClip(SeedMaker):
         self.texts: Tensor | None = None
         self._tokenizer: Any = None
 
+    @property
+    def label_rule(self) -> str | None:
+        """How labels are made where no rule of the background makes them, for records."""
+        if not self.background_words:
+            return None
+        return f"best name of the classes and of {len(self.background_words)} background words"
+
     @abstractmethod
     def scores(self, sample: Sample, texts: Tensor, names: Vocabulary) -> Float[Tensor, "c H W"]:
         """Return probabilities of each label value, the background's first, at native size."""

@@ -14,6 +14,8 @@ from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
 from g4seg_pl.types import ConfigurationError
 
 SMALLEST = 1e-6
+NAMED_BACKGROUND = ("MaskClip", "Sclip")
+"""Makers of seeds whose label maps no background rule made, where background words were given."""
 RULES: dict[str, type[PowerBackground | Threshold]] = {
     f"{rule.__module__}.{rule.__qualname__}": rule for rule in (PowerBackground, Threshold)
 }
@@ -40,13 +42,21 @@ def reading_of(record: dict[str, Any]) -> SoftReading:
         record: the content of run.json.
 
     Raises:
-        ConfigurationError: the background rule is not one of ours, or is not recorded.
+        ConfigurationError: the background rule is not one of ours, or is not recorded, or the
+            background's own scores would be needed.
     """
     config = record.get("config", {})
     changed_by = [str(entry.get("class_path", "")) for entry in config.get("changed_by", [])]
     arguments = config.get("model", {}).get("init_args", {})
     if any(name.endswith(".DenseCRF") for name in changed_by) or arguments.get("marginals"):
         return SoftReading(marginals=True)
+    maker = str(config.get("model", {}).get("class_path", "")).rpartition(".")[2]
+    if maker in NAMED_BACKGROUND and arguments.get("background_words"):
+        msg = (
+            f"soft: {maker} scored the background by names whose maps are not in the folder, so "
+            "its soft maps cannot be read: set data.soft to false"
+        )
+        raise ConfigurationError(msg)
     rule = arguments.get("background") or {}
     path = rule.get("class_path", "")
     if path not in RULES:

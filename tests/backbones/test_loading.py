@@ -64,6 +64,26 @@ def test_weights_that_cannot_be_read_are_named(broken_folder: Path) -> None:
         load_components(str(broken_folder), torch.float32)
 
 
+def test_a_configuration_that_was_cut_off_is_named(broken_folder: Path) -> None:
+    file = broken_folder / "unet" / "config.json"
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(ConfigurationError, match=r"unet/config\.json is no JSON.*fetch"):
+        check_model(str(broken_folder))
+    file.write_text("[]")
+    with pytest.raises(ConfigurationError, match=r"unet/config\.json holds no configuration"):
+        check_model(str(broken_folder))
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_weights_that_were_cut_off_are_named(sd1_folder: Path, tmp_path: Path, part: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sd1_folder, folder)
+    (weights,) = (folder / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigurationError, match=f"its {part} cannot be loaded"):
+        load_components(str(folder), torch.float32)
+
+
 @pytest.mark.parametrize("model", ["no/such/folder", "nowhere", "/tmp/../nothing", ""])
 def test_what_is_neither_folder_nor_hub_id_is_refused(model: str) -> None:
     with pytest.raises(ConfigurationError, match="is no folder; give a diffusers folder or a hub"):
@@ -94,3 +114,10 @@ def test_automatic_number_format_follows_the_device() -> None:
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+    assert resolve_dtype(torch.float16, torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["fp16", torch.float64])
+def test_other_number_formats_are_refused(dtype: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"dtype is .*; give auto, float32"):
+        resolve_dtype(dtype, torch.device("cpu"))

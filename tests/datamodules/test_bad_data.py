@@ -66,6 +66,8 @@ def test_missing_truth_fails_the_item_in_test(voc: Path) -> None:
         ({"shard": "1/0"}, "shard: '1/0'"),
         ({"shard": "3/2"}, "shard: '3/2'"),
         ({"shard": "half"}, "shard: 'half'"),
+        ({"batch_size": 0}, "batch_size is 0: give 1 or more"),
+        ({"num_workers": -1}, "num_workers is -1: give 0 or more"),
     ],
 )
 def test_wrong_configurations_stop_at_setup(

@@ -23,7 +23,7 @@ def bad_seeds(maps: Maps) -> dict[str, tuple[object, str]]:
     return {
         "NaN": ({"keys": keys, "attn_highres": nan}, "attn_highres has 1 values that are NaN"),
         "infinite": ({"keys": keys, "attn_highres": maps + np.inf}, "NaN or infinite"),
-        "too large": ({"keys": keys, "attn_highres": maps * 2}, "not 0 to 1"),
+        "too large": ({"keys": keys, "attn_highres": maps * 2}, "not 0 to 1.*as clip_es"),
         "negative": ({"keys": keys, "attn_highres": -maps}, "not 0 to 1"),
         "another size": ({"keys": keys, "attn_highres": maps[:, :5]}, "the seed is 5x18"),
         "turned": ({"keys": keys, "attn_highres": maps.transpose(0, 2, 1)}, "orientation"),

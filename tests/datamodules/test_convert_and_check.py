@@ -25,6 +25,7 @@ from g4seg_pl.types import ConfigurationError
 
 Maker = Callable[..., Path]
 SIZE = (12, 17)
+REPOSITORY = Path(__file__).parents[2]
 SOFT = [dialect for dialect in get_args(TargetDialect) if dialect not in HARD]
 NORMALISED = ("seam_crf", "weaktr")
 ROUND = [dialect for dialect in SOFT if dialect not in NORMALISED]
@@ -190,7 +191,8 @@ def test_reduced_resolution(tmp_path: Path, save_seed: Maker, save_image: Maker)
         assert content["foreground"].shape == (1, 3, 5)
         assert content["image_size"].tolist() == list(SIZE)
     back = (str(tmp_path / "out"), str(tmp_path / "back"), "npz", "clip_es")
-    assert convert(*back) == 1  # the size of the image is not known
+    assert convert(*back) == 0  # the file knows its image's size
+    assert read_seed(tmp_path / "back" / "a.npy", SIZE, 20).scores.shape == (1, *SIZE)
     assert convert(*back, images=str(tmp_path / "images")) == 0
     assert read_seed(tmp_path / "back" / "a.npy", SIZE, 20).scores.shape == (1, *SIZE)
 
@@ -245,6 +247,34 @@ def test_a_full_check_decodes_everything(voc: Path) -> None:
     report = inspect(data, full=True)
     assert list(report.complaints) == ["a"]
     assert report.histogram == {"bird": 1, "person": 1}
+
+
+@pytest.mark.parametrize("spelled", ["-c", "--config", "--config="])
+def test_check_takes_a_runs_file(
+    spelled: str, voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = REPOSITORY / "configs" / "refine" / "voc_clip_es.yaml"
+    words = [f"{spelled}{run}"] if spelled.endswith("=") else [spelled, str(run)]
+    seeds = voc.parent.parent / "cam_out"
+    words += ["--data.root", str(voc), "--data.seeds", str(seeds), "--data.num_workers", "0"]
+    assert g4seg(["check", *words]) == 0
+    assert "2 images" in capsys.readouterr().out
+    (seeds / "c.npy").unlink()
+    assert g4seg(["check", *words, "--data.split", "val", "--truth", "true"]) == 1
+    shown = capsys.readouterr().out
+    assert "1 images, 1 with ground truth, 1 unusable" in shown
+    assert str(seeds / "c") in shown
+
+
+@pytest.mark.parametrize("content", ["model: {}", "- data", "data: [", None])
+def test_check_names_a_file_that_is_no_runs(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run.yaml"
+    if content is not None:
+        run.write_text(content)
+    assert g4seg(["check", "-c", str(run)]) == 1
+    assert f"-c {run}" in capsys.readouterr().err
 
 
 def test_importing_the_commands_is_quick() -> None:

@@ -36,6 +36,13 @@ def test_folder(tmp_path: Path, save_image: Maker, save_seed: Maker, save_label:
     samples = read_all(data, test=True)
     assert [s.image_id for s in samples] == ["x", "y"]
     assert all(isinstance(s, Sample) and s.class_names == ("brick block",) for s in samples)
+    listed = tmp_path / "list.txt"
+    listed.write_text("y\nx.png\n")
+    data = FolderDataModule(
+        tmp_path / "images", tmp_path / "seeds", names, split=str(listed), num_workers=0
+    )
+    assert all(isinstance(sample, Sample) for sample in read_all(data))
+    assert [item.image.name for item in data.items] == ["y.JPG", "x.png"]
     save_image(tmp_path / "images" / "x.jpg")
     with pytest.raises(ConfigurationError, match="listed twice"):
         FolderDataModule(tmp_path / "images", tmp_path / "seeds", names).setup()

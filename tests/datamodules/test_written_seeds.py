@@ -19,6 +19,7 @@ from datamodules.seed_files import (
     write_seed,
 )
 from datamodules.seed_files.maps import ReadOptions
+from g4seg_pl.types import BadItemError
 
 WRITTEN: list[tuple[WritableDialect, float]] = [
     ("clip_es", 1e-3),
@@ -133,6 +134,16 @@ def test_label_images_are_written_with_a_palette(maps: Maps, tmp_path: Path) -> 
 def test_reduced_npz_is_resized_to_the_image(maps: Maps, tmp_path: Path) -> None:
     write_seed(tmp_path / "a.npz", IDS, maps[:, ::2, ::2], "npz", image_size=SIZE)
     assert read_seed(tmp_path / "a.npz", SIZE, CLASSES).scores.shape == (2, *SIZE)
+    with pytest.raises(BadItemError, match=r"a\.npz.*image_size"):
+        read_seed(tmp_path / "a.npz", (SIZE[0], SIZE[1] + 1), CLASSES)
+
+
+@pytest.mark.parametrize("size", [(3,), (0, 4), (2.5, 4), "13x18"])
+def test_an_image_size_that_is_none_is_named(size: object, maps: Maps, tmp_path: Path) -> None:
+    fields = {"class_ids": np.array(IDS), "foreground": maps, "image_size": np.array(size)}
+    np.savez(tmp_path / "a.npz", **fields)
+    with pytest.raises(BadItemError, match=r"a\.npz.*image_size"):
+        read_seed(tmp_path / "a.npz", SIZE, CLASSES)
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:

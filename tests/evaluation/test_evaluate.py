@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from g4seg_pl.evaluation.evaluate import evaluate
-from g4seg_pl.types import BadItemError
+from g4seg_pl.types import BadItemError, ConfigurationError
 
 
 def write(folder: Path, maps: dict[str, np.ndarray]) -> Path:
     """A folder of label files."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name, labels in maps.items():
         Image.fromarray(labels).save(folder / f"{name}.png")
     return folder
@@ -57,8 +57,28 @@ def test_all_bad_files_are_named_at_once(tmp_path: Path) -> None:
 def test_split_list_may_hold_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "gt", random_maps(1))
     lines = tmp_path / "list.txt"
-    lines.write_text("/JPEGImages/a.jpg /SegmentationClassAug/a.png\nb\n")
+    lines.write_text("/JPEGImages/a.jpg /SegmentationClassAug/a.png\nb.png\nc\n")
     evaluate(folder, folder, 3, split_list=lines)
     printed = capsys.readouterr().out
-    assert "images: 2" in printed
+    assert "images: 3" in printed
     assert f"split: {lines}" in printed
+    lines.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(ConfigurationError, match=r"split_list: .*list\.txt is not a text file"):
+        evaluate(folder, folder, 3, split_list=lines)
+
+
+@pytest.mark.parametrize("option", ["threads", "resamples"])
+def test_nothing_at_all_is_refused(tmp_path: Path, option: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{option} is 0: give 1 or more"):
+        evaluate(tmp_path, tmp_path, 3, **{option: 0})
+
+
+def test_what_changed_the_masks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    folder = write(out / "masks", random_maps(1))
+    crf = {"class_path": "g4seg_pl.callbacks.crf.DenseCRF", "init_args": {}}
+    for changed_by, told in (([], "nothing"), ([crf], "DenseCRF")):
+        record = {"background_rule": "Threshold(0.3)", "config": {"changed_by": changed_by}}
+        (out / "run.json").write_text(json.dumps(record))
+        evaluate(out, folder, 3)
+        assert f"masks changed by: {told}" in capsys.readouterr().out

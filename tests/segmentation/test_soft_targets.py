@@ -75,3 +75,14 @@ def test_reading_is_found_in_the_run_record() -> None:
 def test_unknown_rules_are_refused(content: dict[str, object]) -> None:
     with pytest.raises(ConfigurationError, match=r"background rule.*data\.soft"):
         reading_of(content)
+
+
+def test_labels_made_by_names_of_the_background_are_no_soft_targets() -> None:
+    content = record("g4seg_pl.core.background.PowerBackground")
+    model = {"class_path": "g4seg_pl.seeds.sclip.Sclip"} | content["config"]["model"]  # type: ignore[index]
+    model["init_args"]["background_words"] = ["sky"]
+    with pytest.raises(ConfigurationError, match=r"Sclip scored.*data\.soft"):
+        reading_of({"config": {"model": model, "changed_by": []}})
+    model["init_args"]["background_words"] = None
+    found = reading_of({"config": {"model": model, "changed_by": []}})
+    assert found == SoftReading(background=PowerBackground(2.0))
