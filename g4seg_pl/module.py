@@ -13,7 +13,13 @@ from g4seg_pl.backbones.kinds import check_model
 from g4seg_pl.backbones.loading import resolve_dtype
 from g4seg_pl.backbones.pretrained import load_generator
 from g4seg_pl.backbones.tiny_decoder import check_decoder
-from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold, compose_label
+from g4seg_pl.core.background import (
+    BackgroundRule,
+    PowerBackground,
+    Threshold,
+    compose_label,
+    threshold_of,
+)
 from g4seg_pl.core.steps import Correspondence, UpdateStep
 from g4seg_pl.core.threshold import told_threshold
 from g4seg_pl.feature_cache import check_folder, open_cache
@@ -45,8 +51,8 @@ class G4SegModule(pl.LightningModule):
 
     Args:
         model: a diffusers folder or hub id of Stable Diffusion 1.x or 2.x, an LCM or SDXL.
-        update: the update steps in order; the paper's one if None. Steps whose ``threshold`` has
-            its default take that of ``background``, where it has one.
+        update: the update steps in order; the paper's one if None. Steps whose ``threshold``, or
+            ``binarise_at`` of the injection, has its default take that of ``background``.
         features: F of Eq. 8, an extractor of dense features; the model's own autoencoder
             if None.
         background: how the background is scored when label maps are made.
@@ -175,8 +181,9 @@ class G4SegModule(pl.LightningModule):
 
     def _steps(self) -> tuple[UpdateStep, ...]:
         """The update, its steps told where the labels are cut."""
-        if isinstance(self.background, Threshold) and 0 < self.background.value < 1:
-            return tuple(told_threshold(step, self.background.value) for step in self.update)
+        threshold = threshold_of(self.background)
+        if threshold is not None and 0 < threshold < 1:
+            return tuple(told_threshold(step, threshold) for step in self.update)
         return self.update
 
     def predict_step(

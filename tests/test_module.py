@@ -17,7 +17,7 @@ from datamodules.seed_files.maps import ReadOptions
 from g4seg_pl.callbacks.records import read_records
 from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.core.affinity import Affinity
-from g4seg_pl.core.background import Threshold
+from g4seg_pl.core.background import PowerBackground, Threshold
 from g4seg_pl.core.confidence import Averaged
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.null_text import NullTextCorrespondence
@@ -123,9 +123,19 @@ def test_steps_are_told_where_labels_are_cut(tmp_path: Path, sd1_folder: Path) -
     told, own = masks(0.15, Affinity()), masks(0.15, Affinity(threshold=0.15))
     assert all(map(torch.equal, told, own))
     assert not all(map(torch.equal, told, masks(0.5, Affinity())))
+    told, own = masks(0.15, Correspondence()), masks(0.15, Correspondence(binarise_at=0.15))
+    assert all(map(torch.equal, told, own))
     for given, found in ((0.3, 0.3), (0.5, 0.15)):
         nested = told_threshold(Averaged([Affinity(threshold=given)]), 0.15)
         assert nested.steps[0].threshold == found
+
+
+@pytest.mark.parametrize(("power", "threshold"), [(1.0, 0.5), (2.0, (3 - 5**0.5) / 2)])
+def test_a_power_rule_has_a_threshold_too(sd1_folder: Path, power: float, threshold: float) -> None:
+    steps = [Correspondence(), Correspondence(binarise_at=0.3), Correspondence(binarise_at=None)]
+    module = G4SegModule(str(sd1_folder), steps, background=PowerBackground(power))
+    told = [step.binarise_at for step in module._steps()]  # type: ignore[union-attr]
+    assert told == [pytest.approx(threshold, abs=1e-9), 0.3, None]
 
 
 def test_test_scores_seed_and_refined(tmp_path: Path, sd1_folder: Path) -> None:

@@ -61,6 +61,25 @@ class PowerBackground:
         return (1 - foreground.amax(0)).pow(self.power)
 
 
+def threshold_of(background: BackgroundRule) -> float | None:
+    """Return from where on a mask alone counts as foreground; None for a rule that has no such S.
+
+    Of a power rule it is the S that equals (1 - S)^p.
+    """
+    match background:
+        case Threshold():
+            return background.value
+        case PowerBackground():
+            low, high = 0.0, 1.0
+            for _ in range(40):
+                middle = (low + high) / 2
+                below = middle < (1 - middle) ** background.power
+                low, high = (middle, high) if below else (low, middle)
+            return high  # exactly 0.5 for the power 1
+        case _:
+            return None
+
+
 def compose_label(
     foreground: Float[Tensor, "k H W"], class_ids: Sequence[int], background: BackgroundRule
 ) -> UInt8[Tensor, "H W"]:

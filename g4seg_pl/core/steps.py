@@ -73,7 +73,8 @@ class Correspondence:
         injection_rule: Eq. 5 as printed, or DenseDiffusion's rule with λ = the weight.
         inject_cross_attention: inject into cross-attention (Eq. 3).
         inject_self_attention: inject into self-attention (Eq. 4).
-        binarise_at: from where on a mask counts as 1 when injected; None injects it soft.
+        binarise_at: from where on a mask counts as 1 when injected (S_c of Eq. 3 and 4), which
+            `G4SegModule` sets to the threshold of the labels; None injects it soft.
         mask_resize: how masks come to an attention layer's token grid.
     """
 

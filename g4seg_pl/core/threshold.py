@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_TOLD = ("threshold", "level")
+_TOLD = ("threshold", "level", "binarise_at")
 
 
 def centre_threshold(
@@ -41,10 +41,11 @@ def told_threshold(step: Any, threshold: float, *, always: bool = False) -> Any:
     """Return an update step that knows where labels are cut, unless it was told another value.
 
     Args:
-        step: a dataclass; its fields ``threshold`` and ``level``, and those of the steps that it
-            holds, are replaced where they have their default. Anything else is returned as it is.
+        step: a dataclass; its fields ``threshold``, ``level`` and ``binarise_at``, and those of
+            the steps that it holds, are replaced where they have their default. Anything else is
+            returned as it is.
         threshold: of the labels, between 0 and 1.
-        always: replace other values too, and ``binarise_at`` unless it is None, which is soft.
+        always: replace other values too, but None, which injects masks soft.
     """
     if isinstance(step, (list, tuple)):
         return type(step)(told_threshold(each, threshold, always=always) for each in step)
@@ -53,8 +54,8 @@ def told_threshold(step: Any, threshold: float, *, always: bool = False) -> Any:
     changes: dict[str, Any] = {}
     for field in fields(step):
         value = getattr(step, field.name)
-        binarises = field.name == "binarise_at" and value is not None
-        if (field.name in _TOLD and (always or value == field.default)) or (always and binarises):
+        told = field.name in _TOLD and value is not None
+        if told and (always or value == field.default):
             changes[field.name] = threshold
         elif field.name in ("steps", "candidates"):
             changes[field.name] = told_threshold(value, threshold, always=always)

@@ -217,11 +217,11 @@ class PaperTable:
     def _by_quality(
         self, row: Mapping[str, Any], source: Source, found: Mapping[str, Sequence[Scores]]
     ) -> list[dict[str, Cell]]:
-        published = row.get("paper", {})
         rows: list[dict[str, Cell]] = []
         for name, runs in found.items():
             if name == "seed":
                 continue
+            published = row.get("paper", {}) if name == "g4seg" else {}
             for group in group_rows(self.lab, row["world"], name, found["seed"], runs):
                 label = str(group["group"])
                 if label.startswith("seed IoU"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from g4seg_pl.callbacks.crf import CRFSettings, Preset, dense_crf, preset
 from g4seg_pl.callbacks.run_record import Json, describe
-from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
+from g4seg_pl.core.background import BackgroundRule, Threshold, threshold_of
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.steps import UpdateStep
 from g4seg_pl.core.threshold import told_threshold
@@ -56,13 +56,8 @@ class Masks:
     @property
     def threshold(self) -> float:
         """From where on a mask counts as foreground."""
-        match self.background:
-            case Threshold():
-                return self.background.value
-            case PowerBackground():
-                return _balance(self.background.power)
-            case _:
-                return 0.5
+        own = threshold_of(self.background)
+        return 0.5 if own is None else own
 
 
 @runtime_checkable
@@ -254,15 +249,6 @@ class BilateralSolver:
                 maps.append(solved)
             refined.append(torch.from_numpy(np.stack(maps)).clamp(0, 1))
         return Masks(tuple(refined), masks.background)
-
-
-def _balance(power: float) -> float:
-    """Return where S equals (1 - S)^p, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if middle < (1 - middle) ** power else (low, middle)
-    return (low + high) / 2
 
 
 def at_threshold(step: Any, threshold: float) -> Any:
