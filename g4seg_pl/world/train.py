@@ -98,16 +98,18 @@ def _scene_loaders(options: argparse.Namespace, batch: int = BATCH) -> Loaders:
 
 def train_teacher(options: argparse.Namespace) -> None:
     """What the autoencoder, the CLIP and the U-Net learn perception from."""
-    _train_classifier(options, "teacher")
+    _train_classifier(options, "teacher", 1500)
 
 
 def train_judge(options: argparse.Namespace) -> None:
     """The judge of the gates: nothing that is judged has seen it."""
-    _train_classifier(options, "judge", disturb=True)
+    _train_classifier(options, "judge", 4000, disturb=True)
 
 
-def _train_classifier(options: argparse.Namespace, name: str, disturb: bool = False) -> None:
-    steps = options.steps or 1500
+def _train_classifier(
+    options: argparse.Namespace, name: str, steps: int, *, disturb: bool = False
+) -> None:
+    steps = options.steps or steps
     task = ClassifierTask(steps=steps, disturb=disturb)
     # Batch norm in bf16 is slow on a CPU; the classifier is small enough for float32.
     fit(task, options.out / name, steps, _scene_loaders(options), "32-true")
