@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from g4seg_pl.backbones.loading import NumberFormat, resolve_dtype
+from g4seg_pl.backbones.loading import NumberFormat, place_of, resolve_dtype
 from g4seg_pl.backbones.pretrained import load_generator
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.protocols import FeatureExtractor, Generator, ImageCache
@@ -138,7 +138,7 @@ class G4SegRefiner:
         """
         if cache_features is not None:
             check_folder(cache_features)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = place_of(device)
         number_format = resolve_dtype(dtype, place)
         generator = load_generator(str(model), number_format, variant, decoder=decoder).to(place)
         features = VAEFeatures() if features is None else features

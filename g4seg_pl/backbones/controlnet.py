@@ -106,7 +106,8 @@ class ControlNetInjection:
         if not folder.is_dir():
             require_hub_id(self.model)
         try:
-            return load(str(folder) if folder.is_dir() else self.model, **options)
+            with torch.device("cpu"):  # as `read_part`
+                return load(str(folder) if folder.is_dir() else self.model, **options)
         except (OSError, ValueError) as error:
             message = (
                 f"controlnet {self.model} cannot be loaded ({error}); check the folder or hub id"

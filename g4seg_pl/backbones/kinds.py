@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from transformers import CLIPTextConfig
@@ -76,7 +77,10 @@ def require_hub_id(model: str, what: str = "model") -> None:
 
 
 def read_part(model: str, part: str, load: Callable[..., Any], **options: Any) -> Any:
-    """Return what ``load`` reads of one part of a model.
+    """Return what ``load`` reads of one part of a model, its weights on the CPU.
+
+    Lightning makes models within the context of their device, from which transformers would
+    conclude that it is to place weights itself, for which it demands accelerate.
 
     Args:
         model: a diffusers folder or a hub id.
@@ -88,7 +92,8 @@ def read_part(model: str, part: str, load: Callable[..., Any], **options: Any) -
         ConfigurationError: it cannot be read; names model, part and remedy.
     """
     try:
-        return load(model, subfolder=part, **options)
+        with torch.device("cpu"):
+            return load(model, subfolder=part, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         message = (
             f"model {model}: its {part} cannot be loaded ({error}); check the folder or hub id, "

@@ -130,6 +130,11 @@ def load_components(
     )
 
 
+def place_of(device: str | torch.device | None) -> torch.device:
+    """Return the device named; of None a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the number format named; ``auto`` is bfloat16 on a GPU and float32 elsewhere.
 

@@ -50,9 +50,10 @@ def load_decoder(decoder: str, dtype: torch.dtype) -> AutoencoderTiny:
         ConfigurationError: it cannot be loaded.
     """
     try:
-        tiny: AutoencoderTiny = AutoencoderTiny.from_pretrained(
-            _expanded(decoder), torch_dtype=dtype
-        )
+        with torch.device("cpu"):  # as `read_part`
+            tiny: AutoencoderTiny = AutoencoderTiny.from_pretrained(
+                _expanded(decoder), torch_dtype=dtype
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(_unreadable(decoder, error)) from error
     del tiny.encoder

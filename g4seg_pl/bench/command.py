@@ -150,9 +150,9 @@ def pick_device(name: str | None) -> "torch.device":
     Args:
         name: such as ``cpu`` or ``cuda``; None chooses.
     """
-    import torch
+    from g4seg_pl.backbones.loading import place_of
 
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return place_of(name)
 
 
 def _as_list(words: list[str], option: str) -> list[str]:

@@ -93,7 +93,12 @@ class Contest:
                 self._turn(contestant, name)
             yield self.found
 
+    def _place(self) -> None:
+        """Bring the networks, which Lightning leaves on the CPU after every run, to the device."""
+        self.stage.module.to(self.setting.device)
+
     def _choose_batch(self) -> None:
+        self._place()
         candidates = BATCHES[self.setting.device.type]
         self.floor.best_batch(candidates[:1])
         self.floor.batch, self.batches = self.floor.best_batch(candidates)
@@ -105,6 +110,7 @@ class Contest:
         self.found.masks[name] = count
         match contestant:
             case "floor":
+                self._place()
                 spent = self.floor.timed_image(count)
             case "g4seg":
                 spent, masks = self._run_stage(name)
@@ -136,6 +142,7 @@ class Contest:
         if self.plain is not None:
             runs["plain"] = partial(self.plain.refine, self._sample(name))
         for contestant, run in runs.items():
+            self._place()  # or g4seg's models would count as what it needs beyond them
             with PeakMemory(self.setting.device) as memory:
                 run()
             self.found.peaks[contestant] = memory.bytes / 1e6

@@ -38,7 +38,8 @@ class WatchMemory(Callback):
     """Notes the memory of this process and of its workers after every batch.
 
     Attributes:
-        readings: bytes in the process and in its workers, one pair a batch.
+        readings: bytes in the process, a GPU's memory included, and in its workers, one pair a
+            batch.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,8 @@ class WatchMemory(Callback):
         """Note the memory."""
         workers = (child.pid for child in active_children())
         in_workers = sum(resident_bytes(pid) for pid in workers if pid is not None)
-        self.readings.append((resident_bytes(os.getpid()), in_workers))
+        on_device = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        self.readings.append((resident_bytes(os.getpid()) + on_device, in_workers))
 
     def tenths(self) -> list[tuple[float, float]]:
         """Medians over each tenth of the batches: memory goes up and down within a batch."""

@@ -139,7 +139,7 @@ def predict(
             warnings.simplefilter("ignore")
             pl.Trainer(
                 accelerator="gpu" if device.type == "cuda" else "cpu",
-                devices=1,
+                devices=[device.index or 0] if device.type == "cuda" else 1,
                 callbacks=list(callbacks),
                 logger=False,
                 enable_checkpointing=False,

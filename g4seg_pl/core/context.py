@@ -124,7 +124,9 @@ class RefinementContext:
         # Those used last stand last; prompts that name sets of classes would otherwise pile up.
         for prompt in dict.fromkeys(prompts):
             self.prompt_embeddings[prompt] = self.prompt_embeddings.pop(prompt)
-        found = torch.stack([self.prompt_embeddings[prompt] for prompt in prompts])
+        # They may be older than the models' last move to another device.
+        device = self.images.device
+        found = torch.stack([self.prompt_embeddings[prompt].to(device) for prompt in prompts])
         for prompt in list(self.prompt_embeddings)[:-_KEPT_PROMPTS]:
             del self.prompt_embeddings[prompt]
         return found

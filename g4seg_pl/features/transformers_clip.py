@@ -62,7 +62,10 @@ class TransformersClipFeatures(DenseFeatures):
         from transformers import CLIPVisionModelWithProjection
 
         try:
-            network = CLIPVisionModelWithProjection.from_pretrained(self.model, dtype=torch.float32)
+            with torch.device("cpu"):  # whatever Lightning's context says, see `read_part`
+                network = CLIPVisionModelWithProjection.from_pretrained(
+                    self.model, dtype=torch.float32
+                )
         except (OSError, ValueError) as error:
             message = f"features: transformers cannot load {self.model} as CLIP: {error}"
             raise ConfigurationError(message) from error

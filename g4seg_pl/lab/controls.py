@@ -83,7 +83,9 @@ class WithFeatures:
         kept: dict[str, Tensor] = context.__dict__.setdefault("features_by_extractor", {})
         name = str(describe(self.features))
         self.features.load(getattr(context.generator, "vae", None))
-        self.features.to(context.images.device)
+        # As the generator, or the first extractor of a batch would decide by which it is asked for.
+        unet = getattr(context.generator, "unet", None)
+        self.features.to(context.images.device, getattr(unet, "dtype", None))
         other = copy.copy(context)
         other.features = self.features
         other.cache = None  # it knows the run's own extractor

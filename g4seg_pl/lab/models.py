@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
+from g4seg_pl.backbones.loading import place_of, resolve_dtype
 from g4seg_pl.callbacks.run_record import Json, describe
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
@@ -50,7 +53,7 @@ class Models:
         for other in self._refiners.values():
             # The generator itself is loaded once, whatever looks at its images.
             features.load(getattr(other.generator, "vae", None))
-            features.to(other.generator.alphas_cumprod.device)
+            features.to(other.generator.alphas_cumprod.device, self._number_format)
             return G4SegRefiner(
                 other.generator,
                 features,
@@ -67,6 +70,11 @@ class Models:
             masks_per_pass=self.masks_per_pass,
             decoder=None if self.decoder is None else str(self.decoder),
         )
+
+    @property
+    def _number_format(self) -> torch.dtype:
+        """What ``auto`` is where the models run."""
+        return resolve_dtype("auto", place_of(self.device))
 
     @cached_property
     def generator_identity(self) -> str:
@@ -87,9 +95,12 @@ class Models:
 
     def identity(self, features: DenseFeatures | None) -> Json:
         """What results depend on besides the settings of a way."""
-        # Results without a tiny decoder keep the names they had before there was one.
-        decoder = {} if self.decoder is None else {"decoder": _identity(self.decoder)}
-        return decoder | {
+        # Results without a tiny decoder, in float32, keep the names they had before there were
+        # others.
+        extra = {} if self.decoder is None else {"decoder": _identity(self.decoder)}
+        if self._number_format != torch.float32:
+            extra["dtype"] = str(self._number_format)
+        return extra | {
             "generator": self.generator_identity,
             "features": describe(features or VAEFeatures()),
             "features_weights": _identity(getattr(features, "model", "none")),

@@ -46,7 +46,7 @@ def signal_pictures(lab: Lab, folder: Path, count: int = 4) -> Path:
     ids = source.ids[: 12 * count]
     samples = [s for s in source.samples(ids) if len(s.class_names) == 1][:count]
     context = lab.refiner().context(samples)
-    seeds = torch.cat([sample.seed.scores for sample in samples])
+    seeds = torch.cat([sample.seed.scores for sample in samples]).to(context.images.device)
     threshold = lab.background(lab.kinds[0]).value
     draw: dict[str, Callable[[Tensor, RefinementContext, Lab], Columns]] = {
         "grounding": _grounding,
@@ -58,7 +58,7 @@ def signal_pictures(lab: Lab, folder: Path, count: int = 4) -> Path:
     shown = _always(samples, seeds, threshold)
     for name, columns in draw.items():
         _save(folder / f"{name}.png", shown | dict(columns(seeds, context, lab)))
-    truth = torch.stack([_truth(sample) for sample in samples]).float()
+    truth = torch.stack([_truth(sample) for sample in samples]).to(seeds)
     found = _likelihood(seeds, truth, context, threshold)
     _save(folder / "likelihood.png", shown | dict(found))
     return folder
@@ -88,7 +88,8 @@ def _affinity(seeds: Tensor, context: RefinementContext, lab: Lab) -> Columns:
     _, matrix = step.matrices(images, prompts, context)[0]
     peak = functional.adaptive_avg_pool2d(seeds, matrix.grid).flatten(1).argmax(1)
     # A times every unit vector is A itself: 256 places here, so it may be looked at whole.
-    whole = matrix.propagate(torch.eye(matrix.grid[0] * matrix.grid[1]).expand(len(seeds), -1, -1))
+    unit = torch.eye(matrix.grid[0] * matrix.grid[1], device=seeds.device)
+    whole = matrix.propagate(unit.expand(len(seeds), -1, -1))
     rows = torch.stack([whole[i, :, int(at)] for i, at in enumerate(peak)])
     looked = min_max(resize_maps(rows.reshape(-1, *matrix.grid), (seeds.shape[1], seeds.shape[2])))
     after = centre_threshold(step(seeds, context), threshold)
@@ -118,7 +119,7 @@ def _correspondence(seeds: Tensor, context: RefinementContext, lab: Lab) -> Colu
     grid = (kept["neighbours"].shape[1], kept["neighbours"].shape[2])
     coarse = functional.adaptive_avg_pool2d(seeds, grid)
     target = matched_target(coarse, kept["neighbours"].flatten(1))
-    generated = ((kept["generated"] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    generated = ((kept["generated"].cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return {
         "generated": [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in generated],
         "S at the best match": _heats(centre_threshold(target, threshold)),
@@ -164,7 +165,7 @@ def _signed(change: Tensor) -> Tensor:
 
 
 def _heats(maps: Tensor) -> list[Image.Image]:
-    return [pictures.heat(each.float().numpy().astype(np.float32)) for each in maps]
+    return [pictures.heat(each.float().cpu().numpy().astype(np.float32)) for each in maps]
 
 
 def _save(path: Path, columns: Columns) -> None:

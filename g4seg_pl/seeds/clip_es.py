@@ -281,4 +281,5 @@ class ClipES(SeedMaker):
                 templates = [self.prompt_template]
                 self._vectors[name] = encode_texts(self.clip, self._tokenizer, [name], templates)[0]
         rows = [self._vectors[name] for name in names]
-        return torch.stack(rows) if rows else torch.zeros(0, self.clip.text_projection.shape[1])
+        none = torch.zeros(0, self.clip.text_projection.shape[1])
+        return (torch.stack(rows) if rows else none).to(self.device)

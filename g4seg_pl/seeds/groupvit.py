@@ -171,7 +171,8 @@ class GroupVit(SeedMaker):
         from transformers import AutoTokenizer, GroupViTModel
 
         try:
-            network = GroupViTModel.from_pretrained(self.model, dtype=torch.float32)
+            with torch.device("cpu"):  # whatever Lightning's context says
+                network = GroupViTModel.from_pretrained(self.model, dtype=torch.float32)
             self._tokenizer = AutoTokenizer.from_pretrained(self.model)
         except (OSError, ValueError) as error:
             message = f"model: transformers cannot load {self.model} as GroupViT: {error}"
@@ -208,7 +209,7 @@ class GroupVit(SeedMaker):
             classes = class_names_of(self, self.class_names)
             rows = [functional.normalize(self._encode(names).mean(0), dim=0) for names in classes]
             self._vectors = torch.stack(rows)
-        return self._vectors
+        return self._vectors.to(self.device)
 
     def _encode(self, names: Sequence[str]) -> Tensor:
         """Unit vectors of names in all templates."""

@@ -98,7 +98,7 @@ class OpenVocabularyClip(SeedMaker):
                 self.clip, self._tokenizer, names.names, self.templates or imagenet_templates()
             )
             self.vocabulary = names
-        return self.texts, self.vocabulary
+        return self.texts.to(self.device), self.vocabulary
 
 
 def imagenet_templates() -> list[str]:

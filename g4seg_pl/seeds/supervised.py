@@ -149,7 +149,8 @@ def load_segmenter(model: str) -> Any:
         config = AutoConfig.from_pretrained(model)
         universal = config.model_type in UNIVERSAL
         kind = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
-        return kind.from_pretrained(model, dtype=torch.float32)
+        with torch.device("cpu"):  # whatever Lightning's context says
+            return kind.from_pretrained(model, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         message = f"model: transformers cannot load {model} as a segmenter: {error}"
         raise ConfigurationError(message) from error

@@ -123,7 +123,8 @@ class RefreshPseudoLabels(Callback):
     def _probabilities(self, module: SegmentationModule, image: Tensor) -> Tensor:
         """The network's probabilities ``(C, H, W)`` of a uint8 picture."""
         with torch.no_grad():
-            batch = normalise(image)[None].to(module.device)
+            # Out of the trainer's hands, which would convert it for half-precision weights.
+            batch = normalise(image)[None].to(next(module.parameters()))
             return predict_probabilities(module.logits, batch, self.scales, flip=self.flip)[0]
 
     def _refined(self, sample: Sample, device: torch.device) -> RefinedMask:
@@ -131,8 +132,8 @@ class RefreshPseudoLabels(Callback):
         if self.refiner is None:
             msg = "RefreshPseudoLabels has no refiner"
             raise ConfigurationError(msg)
-        self.refiner.to(device)
         self.refiner.configure_model()
+        self.refiner.to(device)
         outcome = self.refiner.predict_step([sample])[0]
         if isinstance(outcome, FailedSample):
             msg = f"refreshing {outcome.image_id}: {outcome.error}"

@@ -97,6 +97,13 @@ def test_a_hub_id_that_cannot_be_reached_is_named() -> None:
         check_model("nobody/nothing")
 
 
+def test_weights_are_real_whatever_context_lightning_makes_models_in(sd1_folder: Path) -> None:
+    with torch.device("meta"):
+        parts = load_components(str(sd1_folder), torch.float32)
+    for network in (parts.unet, parts.vae, parts.text_encoder):
+        assert {weight.device.type for weight in network.parameters()} == {"cpu"}
+
+
 def test_a_home_folder_is_found(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(sd1_folder.parent))
     load_components("~/sd1", torch.float32)

@@ -14,6 +14,7 @@ from g4seg_pl.bench.plain import Plain
 from g4seg_pl.bench.setting import Setting
 from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.main import main
+from g4seg_pl.module import G4SegModule
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,28 @@ def test_floor_runs_what_the_method_needs(exact: Contest) -> None:
     for handle in handles:
         handle.remove()
     assert seen == {"unet": 3, "decoder": 3, "encoder": 1, "clip": 4}
+
+
+def test_floor_runs_where_the_stage_does(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning takes a module's weights off the device when a run has ended."""
+    away: list[bool] = []
+    moved, ran = G4SegModule.to, Floor.image
+
+    def to(module: G4SegModule, *args: object, **kwargs: object) -> G4SegModule:
+        away.clear()
+        return moved(module, *args, **kwargs)
+
+    def image(floor: Floor, masks: int) -> None:
+        assert not away
+        ran(floor, masks)
+
+    monkeypatch.setattr(G4SegModule, "cpu", lambda module: away.append(True) or module)
+    monkeypatch.setattr(G4SegModule, "to", to)
+    monkeypatch.setattr(Floor, "image", image)
+    contestants = Contest(setting, torch.float32)
+    assert away, "Lightning no longer does so"
+    for _ in contestants.run():
+        pass
 
 
 @pytest.mark.slow

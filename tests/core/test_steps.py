@@ -155,6 +155,14 @@ def test_prompts_of_many_sets_of_classes_do_not_pile_up(
     assert len(context.prompt_embeddings) == 3
 
 
+def test_embeddings_follow_the_models_to_another_device(make_context: ContextMaker) -> None:
+    context = make_context()
+    context.embed(("a dog",))
+    moved = make_context(prompt_embeddings=context.prompt_embeddings)
+    moved.images = moved.images.to("meta")
+    assert moved.embed(("a dog", "a dog")).device.type == "meta"
+
+
 def test_guidance_costs_a_second_pass_without_injection(
     make_context: ContextMaker, foreground: Tensor, generator: CountingGenerator
 ) -> None:

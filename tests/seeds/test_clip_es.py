@@ -246,6 +246,15 @@ def test_runs_in_lightnings_inference_mode(worded_clip_folder: Path, sample: Sam
     assert first.foreground.max() > 0.5
 
 
+def test_texts_lie_where_the_model_does(worded_clip_folder: Path) -> None:
+    maker = ClipES(str(worded_clip_folder), background_words=[])
+    maker.configure_model()
+    maker._texts(("dog",))
+    moved = maker.to("meta")
+    for names in ((), ("dog",)):
+        assert moved._texts(names).device.type == "meta"
+
+
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"model: folder .* has no open_clip_config.json"):
         load_clip(str(tmp_path))

@@ -59,12 +59,21 @@ def test_one_cycle_with_the_refiner(root: Path, sd1_folder: Path) -> None:
         return original(batch, batch_idx)
 
     refiner.predict_step = spy  # type: ignore[method-assign]
+    loaded: list[bool] = []
+    moved = refiner.to
+
+    def to(*args: Any) -> Any:
+        loaded.append(refiner.generator is not None)
+        return moved(*args)
+
+    refiner.to = to  # type: ignore[method-assign]
     folders = Folders()
     refresh = RefreshPseudoLabels(root / "refreshed", refiner, every_n_epochs=2)
     data = data_module(root, soft=True)
     trainer(root, refresh, folders, max_epochs=4).fit(small(), data)
     assert folders.seen == ["refined", "refined", "epoch002", "epoch002"]
     assert len(seen) == 3
+    assert all(loaded), "what is not there yet stays on the CPU"
     for image_id, allowed in zip(IDS, CLASSES, strict=True):
         old = label_file(root / "refined/masks" / f"{image_id}.png")
         new = label_file(root / "refreshed/epoch002/masks" / f"{image_id}.png")
