@@ -162,6 +162,7 @@ class PseudoLabelDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
             # Its own, or starting an epoch would draw from the generator that dropout draws from.
             generator=torch.Generator().manual_seed(self.seed),
             # A last batch of one picture would break batch norm.
@@ -198,6 +199,7 @@ class PseudoLabelDataModule(LightningDataModule):
             batch_size=self.val_batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
             collate_fn=collate_whole,
         )
 
