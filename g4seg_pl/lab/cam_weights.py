@@ -20,7 +20,7 @@ from g4seg_pl.lab.cache import Store, key_of
 from g4seg_pl.seeds.cam import Cam
 from g4seg_pl.seeds.classifier import Architecture
 from g4seg_pl.seeds.fit import EpochLoss
-from g4seg_pl.world.classifier import one_cycle
+from g4seg_pl.world.classifier import one_cycle, training_precision
 
 CHECKPOINT = "training.ckpt"
 
@@ -129,7 +129,7 @@ def _train(folder: Path, recipe: CamRecipe, *, quiet: bool) -> dict[str, torch.T
     )
     trainer = pl.Trainer(
         accelerator="cpu",
-        precision="bf16-mixed" if _bfloat16() else "32-true",
+        precision=training_precision(),
         max_epochs=recipe.parts,
         reload_dataloaders_every_n_epochs=1,
         callbacks=[keep] if quiet else [keep, EpochLoss()],
@@ -150,8 +150,3 @@ def _train(folder: Path, recipe: CamRecipe, *, quiet: bool) -> dict[str, torch.T
         )
     assert maker.network is not None
     return maker.network.state_dict()
-
-
-def _bfloat16() -> bool:
-    """Whether bfloat16 saves time here: without AVX-512 it takes many times as long."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"

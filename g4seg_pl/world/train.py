@@ -1,8 +1,8 @@
 """The recipe of the embedded world's models: ``python -m g4seg_pl.world.train vae|clip|unet``.
 
 Each stage is a LightningModule that resumes from its last checkpoint whenever it is started again,
-on a CPU (bf16 autocast) or a GPU. The order is teacher, vae, latents, unet; clip needs the teacher
-only, tiny the latents, and the judge, which measures the others, stands apart.
+on a CPU (bf16 autocast where that is fast) or a GPU. The order is teacher, vae, latents, unet; clip
+needs the teacher only, tiny the latents, and the judge, which measures the others, stands apart.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import CLIPTokenizer
 
 from g4seg_pl.world.autoencoder import AutoencoderTask
-from g4seg_pl.world.classifier import ClassifierTask, SceneClassifier
+from g4seg_pl.world.classifier import ClassifierTask, SceneClassifier, training_precision
 from g4seg_pl.world.clip import ClipTask
 from g4seg_pl.world.data import DEFAULT_CACHE, held_out, load_shards, split_row
 from g4seg_pl.world.folders import GENERATOR, JUDGE, TEACHER
@@ -63,13 +63,13 @@ def fit(
     folder: Path,
     steps: int,
     loaders: Loaders,
-    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
+    precision: Literal["bf16-mixed", "32-true"] | None = None,
 ) -> None:
     """Train ``task`` to ``steps`` optimiser steps, going on from ``folder/last.ckpt`` if there."""
     checkpoint = ModelCheckpoint(folder, save_last=True, train_time_interval=timedelta(minutes=3))
     trainer = L.Trainer(
         max_steps=steps,
-        precision=precision,
+        precision=precision or training_precision(gpu=torch.cuda.is_available()),
         accelerator="auto",
         devices=1,
         logger=CSVLogger(folder, name="log"),
@@ -222,7 +222,7 @@ def encode_shard(vae: AutoencoderKL, teacher: SceneClassifier, scenes: Path, sca
     for start in range(0, len(rows), 100):
         images, _ = split_row(torch.from_numpy(np.array(rows[start : start + 100])))
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=training_precision() == "bf16-mixed"):
             latents.append(vae.encode(images).latent_dist.mode().float() * scale)
             maps.append(teacher.features(images)[-1].half())
     first = torch.cat(maps[:10]).float()
