@@ -25,7 +25,7 @@ def is_address(text: str | os.PathLike[str]) -> bool:
 
 def as_location(text: str | Path) -> Path | str:
     """An address as it is, for a path would lose one of its slashes; anything else as a path."""
-    return str(text) if is_address(text) else Path(text)
+    return str(text) if is_address(text) else Path(text).expanduser()
 
 
 def filesystem(address: str) -> tuple[Any, str]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datamodules.base import SeedDataModule
     from datamodules.items import Item
 
+OF_A_RUN = ("--model", "--writer", "--trainer", "--out", "--override", "--seed_everything")
 SHOWN = 20
 """So many complaints are printed; the rest is counted."""
 
@@ -93,24 +94,34 @@ def data_of_run(words: Sequence[str]) -> list[str]:
     """Return arguments with ``--data`` in place of a run's file, of which nothing else matters.
 
     Args:
-        words: as typed; ``-c FILE`` and ``--config FILE`` may name a file of `g4seg predict`, one
-            of configs/ or the config.yaml beside its masks.
+        words: as typed; ``-c FILE`` and ``--config FILE`` may name files of `g4seg predict`, those
+            of configs/ or the config.yaml beside its masks; the run's other options are passed
+            over.
 
     Raises:
-        ConfigurationError: a file cannot be read, or names no data.
+        ConfigurationError: a file cannot be read, or none names data.
     """
-    left, found = list(words), []
+    left, found, files, data = list(words), [], [], []
     while left:
         option, equals, value = left.pop(0).partition("=")
         if option in ("-c", "--config") and (equals or left):
-            found += ["--data", json.dumps(_data_of(Path(value if equals else left.pop(0))))]
+            files.append(Path(value if equals else left.pop(0)))
+            data += [section] if (section := _data_of(files[-1])) else []
+        elif option in OF_A_RUN or option.startswith(tuple(f"{each}." for each in OF_A_RUN)):
+            if not equals and left and not left[0].startswith("--"):
+                left.pop(0)
         else:
             found.append(option + equals + value)
-    return found
+    if files and not data:
+        from g4seg_pl.types import ConfigurationError
+
+        message = f"-c {files[-1]} has no `data`; give a file of g4seg predict, or --data CLASS"
+        raise ConfigurationError(message)
+    return [*(word for each in data for word in ("--data", json.dumps(each))), *found]
 
 
 def _data_of(file: Path) -> object:
-    """The data that a run's file names."""
+    """The data that a run's file names, if any."""
     import yaml
 
     from g4seg_pl.types import ConfigurationError
@@ -120,10 +131,7 @@ def _data_of(file: Path) -> object:
     except (OSError, ValueError, yaml.YAMLError) as error:
         message = f"-c {file} cannot be read: {error}; give a file of g4seg predict"
         raise ConfigurationError(message) from error
-    if not isinstance(content, dict) or not content.get("data"):
-        message = f"-c {file} has no `data`; give a file of g4seg predict, or --data CLASS"
-        raise ConfigurationError(message)
-    return content["data"]
+    return content.get("data") if isinstance(content, dict) else None
 
 
 def check(

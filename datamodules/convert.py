@@ -123,7 +123,7 @@ def _image_names(images: str | None) -> list[str]:
     if images is None:
         return []
     folder = first_folder("images", [Path(images)])
-    return [path.stem for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES]
+    return [path.stem for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _reader(

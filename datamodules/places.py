@@ -60,8 +60,11 @@ class LocalFolder:
 
     def find(self, image_id: str, suffixes: Sequence[str]) -> list[File]:
         """The files of an id, in the order of the suffixes."""
-        names = (self._folder / f"{image_id}{suffix}" for suffix in suffixes)
-        return [path for path in names if path.is_file()]
+        each = dict.fromkeys(spelled for suffix in suffixes for spelled in (suffix, suffix.upper()))
+        names = (self._folder / f"{image_id}{suffix}" for suffix in each)
+        found = [path for path in names if path.is_file()]
+        # Where case does not count, two spellings are one file.
+        return [path for at, path in enumerate(found) if not any(map(path.samefile, found[:at]))]
 
     def picture(self, image_id: str) -> File:
         """The picture of an id, from one listing of the folder."""

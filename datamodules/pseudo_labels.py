@@ -1,12 +1,14 @@
 """Refined masks to train on, ground truth to validate on."""
 
 import copy
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from datamodules.base import SeedDataModule
@@ -121,6 +123,8 @@ class PseudoLabelDataModule(LightningDataModule):
         if folder is None:
             self._require_no_soft()
             _require_truth(items, "train")
+            told = "data.labels is not given: training on the ground truth of the images"
+            rank_zero_only(print)(told, file=sys.stderr, flush=True)
         else:
             ids = [item.image_id for item in items]
             folder.require(ids, getattr(self.images, "split", None), soft=self.soft)

@@ -78,8 +78,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the words after ``g4seg``; those of the process if None.
 
     Returns:
-        the exit status: 0, or 1 if an item failed or the command could not run, or 2 if the
-        arguments cannot be understood.
+        the exit status: 0, or 1 if an item failed or the command could not run, or 2 if a command
+        is unknown or its arguments cannot be understood (1 of predict, test and train).
     """
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help"):

@@ -7,13 +7,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from g4seg_pl.types import BadItemError
+from g4seg_pl.types import IGNORE_INDEX, BadItemError
 
 PictureLike = Image.Image | np.ndarray | Tensor
 MaskLike = TypeVar("MaskLike", Image.Image, np.ndarray, Tensor)
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _MASK_MODES = ("1", "L", "F")
+# So few values so low are labels (COCO's end at 90), and not shades of grey.
+_MOST_LABELS, _LAST_LABEL = 20, 90
 
 
 def picture_to_tensor(picture: PictureLike) -> Tensor:
@@ -91,6 +93,17 @@ def tensor_like(result: Tensor, given: MaskLike) -> MaskLike:
     return result.to(given.device, given.dtype if given.is_floating_point() else torch.float32)
 
 
+def _refuse_labels(tensor: Tensor, name: str) -> None:
+    """Refuse label values, which as shades of grey would be nearly nothing: 9 is 0.04."""
+    values = [value for value in tensor.unique().tolist() if 0 < value < IGNORE_INDEX]
+    if values and len(values) <= _MOST_LABELS and max(values) <= _LAST_LABEL:
+        message = (
+            f"mask of {name!r} holds the values {values[:5]}, as label files do; give what is "
+            f"{name!r} in it, such as mask == {values[0]}, or shades from 0 to 255"
+        )
+        raise BadItemError(message)
+
+
 def _to_eight_bits(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.uint8:
         return tensor
@@ -109,6 +122,7 @@ def _to_probability(tensor: Tensor, name: str) -> Tensor:
     ):
         return tensor.float()
     if tensor.dtype == torch.uint8:
+        _refuse_labels(tensor, name)
         return tensor.float() / 255
     if not tensor.is_floating_point():
         message = f"mask of {name!r} has numbers of type {tensor.dtype}; give floats in [0, 1]"

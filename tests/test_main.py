@@ -1,5 +1,6 @@
 """The command line: dispatch, speed of help, errors, and whole runs in processes of their own."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -147,6 +148,32 @@ def test_killed_and_resumed_run_gives_the_same_files(
 def kill_after_first_masks(folder: Path, arguments: Sequence[str]) -> None:
     written = folder / "killed" / "masks"
     kill_when(lambda: len(list(written.glob("*.png"))) >= 3, folder, arguments)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_end_does_so_between_batches(
+    tmp_path: Path, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster sends SIGTERM before it takes its machine back."""
+    write_voc(tmp_path, [f"image{index:03}" for index in range(60)])
+    arguments = words("predict", sd1_folder, "ended", "--data.batch_size", "1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "g4seg_pl.main", *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    written = tmp_path / "ended" / "masks"
+    while process.poll() is None and len(list(written.glob("*.png"))) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    done = len(masks(tmp_path / "ended"))
+    assert 3 <= done < 60
+    monkeypatch.chdir(tmp_path)
+    assert main(words("predict", sd1_folder, "ended", "--data.batch_size", "8")) == 0
+    assert len(masks(tmp_path / "ended")) == 60
 
 
 def test_second_run_has_nothing_to_do_and_loads_no_model(

@@ -115,3 +115,17 @@ def test_results_have_the_kind_of_what_was_given(given: type, dtype: type) -> No
     assert tensor.numpy().dtype == dtype
     picture = tensor_like(result, Image.new("L", (6, 4)))
     assert (picture.mode, picture.size) == ("F", (6, 4))
+
+
+@pytest.mark.parametrize("values", [(0, 9), (0, 1, 255), (3, 15, 255)])
+def test_label_values_are_not_taken_for_shades(values: tuple[int, ...]) -> None:
+    labels = np.resize(np.array(values, np.uint8), SIZE)
+    with pytest.raises(BadItemError, match=r"mask of 'dog' holds the values .*mask == "):
+        mask_to_tensor(labels, "dog", SIZE)
+
+
+@pytest.mark.parametrize("values", [(0, 255), (0, 128, 255), (0,), tuple(range(24))])
+def test_shades_are(values: tuple[int, ...]) -> None:
+    shades = np.resize(np.array(values, np.uint8), SIZE)
+    found = mask_to_tensor(shades, "dog", SIZE)
+    np.testing.assert_allclose(found, shades / 255, atol=1e-6)

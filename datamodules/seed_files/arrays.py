@@ -112,7 +112,7 @@ def read(
     kept = ids > 0
     if labels is None:
         kept &= maps.max(axis=(1, 2), initial=0.0) >= options.present_at
-    dialect: Dialect = "npz" if path.suffix == ".npz" else "npy"
+    dialect: Dialect = "npz" if path.suffix.lower() == ".npz" else "npy"
     return SeedMaps(dialect, tuple(int(number) for number in ids[kept]), maps[kept], plain=True)
 
 

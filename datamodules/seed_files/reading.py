@@ -29,7 +29,7 @@ SUFFIXES = (".npy", ".npz", ".png", ".mat")
 
 def _load(path: File) -> object:
     """The content of a NumPy file; None for the other formats."""
-    match path.suffix:
+    match path.suffix.lower():
         case ".npy":
             return read_npy(path)
         case ".npz":
@@ -54,10 +54,10 @@ def _candidates(content: Mapping[object, object]) -> list[Dialect]:
 
 
 def _detect(content: object, path: File) -> Dialect:
-    if path.suffix in (".png", ".mat"):
-        return "png" if path.suffix == ".png" else "mat"
+    if path.suffix.lower() in (".png", ".mat"):
+        return "png" if path.suffix.lower() == ".png" else "mat"
     if not isinstance(content, Mapping):
-        return "npz" if path.suffix == ".npz" else "npy"
+        return "npz" if path.suffix.lower() == ".npz" else "npy"
     found = _candidates(content)
     if len(found) != 1:
         fields = ", ".join(str(key)[:20] for key in list(content)[:8]) or "no fields"
@@ -125,7 +125,7 @@ def _read(
     labels: tuple[int, ...] | None,
     options: ReadOptions,
 ) -> SeedMaps:
-    if path.suffix not in suffixes_of(dialect):
+    if path.suffix.lower() not in suffixes_of(dialect):
         problem = f"a {path.suffix} file where dialect={dialect} was asked for"
         raise bad_item(path, problem, "Set dialect=auto, or point seeds to the right folder")
     if dialect == "mat":

@@ -71,7 +71,7 @@ class SeedFolder:
         found = self._place.find(image_id, SUFFIXES)
         if len(found) > 1 and self._dialect != "auto":
             suffixes = suffixes_of(self._dialect)
-            found = [path for path in found if path.suffix in suffixes]
+            found = [path for path in found if path.suffix.lower() in suffixes]
         if len(found) == 1:
             return found[0]
         if found:

@@ -1,6 +1,7 @@
 """Writing refined masks while the prediction runs, so that it can be stopped and continued."""
 
 import math
+import signal
 import sys
 import time
 from collections import deque
@@ -41,6 +42,10 @@ __all__ = ["MaskWriter", "background_rule", "json_text", "print_summary"]
 SHOWN_FAILURES = 20
 
 
+TERMINATED = 128 + signal.SIGTERM
+"""The exit status of a process that SIGTERM ended."""
+
+
 class MaskWriter(BasePredictionWriter):
     """Write one palette PNG an image under the image's own name, and a record of the run.
 
@@ -76,7 +81,7 @@ class MaskWriter(BasePredictionWriter):
         tar: int | str | None = None,
     ) -> None:
         super().__init__(write_interval="batch")
-        self.out = Path(out)
+        self.out = Path(out).expanduser()
         self.soft: SoftFormat = soft
         self.override = override
         self.threads = threads
@@ -139,12 +144,17 @@ class MaskWriter(BasePredictionWriter):
 
         Raises:
             G4SegError: if an earlier file could not be written.
+            SystemExit: if the process was asked to end (SIGTERM); the same command goes on.
         """
         seconds = (time.monotonic() - self._batch_began) / max(1, len(prediction))
         for item in prediction:
             self._submit(item, round(seconds, 4))
+        # Lightning notes the signal of a cluster that wants its machine back, and runs on.
+        stop = trainer.received_sigterm
         # Bounded, or a slow disk would let finished masks pile up in memory.
-        self._collect(leave=4 * self.threads)
+        self._collect(leave=0 if stop else 4 * self.threads)
+        if stop:
+            raise SystemExit(TERMINATED)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish writing; rank 0 waits for the others' files and prints the last line."""

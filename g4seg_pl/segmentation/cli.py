@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from g4seg_pl.callbacks.writer import MaskWriter
+from g4seg_pl.cli_errors import one_sentence
 from g4seg_pl.segmentation.pictures import PictureLogger, batch_picture
 from g4seg_pl.types import ConfigurationError, G4SegError
 
@@ -89,7 +90,7 @@ class SegmentationCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
-            raise ConfigurationError(str(error)) from error
+            raise ConfigurationError(one_sentence(str(error))) from error
 
     def predict(self, **kwargs: Any) -> None:
         """Predict without keeping the predictions in memory."""
@@ -147,7 +148,7 @@ def run(words: Sequence[str]) -> SegmentationCLI:
                 return show(words[1:])
             return make_cli(words)
         except argparse.ArgumentError as error:
-            raise ConfigurationError(str(error)) from error
+            raise ConfigurationError(one_sentence(str(error))) from error
 
 
 def show(words: Sequence[str]) -> SegmentationCLI:

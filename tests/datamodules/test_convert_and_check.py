@@ -256,6 +256,7 @@ def test_check_takes_a_runs_file(
     run = REPOSITORY / "configs" / "refine" / "voc_clip_es.yaml"
     words = [f"{spelled}{run}"] if spelled.endswith("=") else [spelled, str(run)]
     seeds = voc.parent.parent / "cam_out"
+    words += ["-c", str(run.with_name("best.yaml")), "--model.model", "nowhere", "--out=x"]
     words += ["--data.root", str(voc), "--data.seeds", str(seeds), "--data.num_workers", "0"]
     assert g4seg(["check", *words]) == 0
     assert "2 images" in capsys.readouterr().out

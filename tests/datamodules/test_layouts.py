@@ -36,6 +36,7 @@ def test_folder(tmp_path: Path, save_image: Maker, save_seed: Maker, save_label:
     samples = read_all(data, test=True)
     assert [s.image_id for s in samples] == ["x", "y"]
     assert all(isinstance(s, Sample) and s.class_names == ("brick block",) for s in samples)
+    (tmp_path / "seeds" / "y.npy").rename(tmp_path / "seeds" / "y.NPY")
     listed = tmp_path / "list.txt"
     listed.write_text("y\nx.png\n")
     data = FolderDataModule(

@@ -104,7 +104,9 @@ def test_mask_of_another_size_is_refused(root: Path) -> None:
         data.training_images[0]
 
 
-def test_ground_truth_and_bare_folders_serve_as_labels(root: Path) -> None:
+def test_ground_truth_and_bare_folders_serve_as_labels(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     truth = root / "VOCdevkit/VOC2012/SegmentationClass"
     for labels in (None, truth):
         data = data_module(root, labels=labels, augmentation=WHOLE)
@@ -112,6 +114,8 @@ def test_ground_truth_and_bare_folders_serve_as_labels(root: Path) -> None:
         mask = data.training_images[0]["mask"]
         counts = np.bincount(label_file(truth / f"{IDS[0]}.png").ravel(), minlength=256)
         assert int((mask == 12).sum()) == counts[12] > 0
+        told = "training on the ground truth" in capsys.readouterr().err
+        assert told == (labels is None), "nobody trains on the truth unawares"
 
 
 def test_validation_images_keep_their_size(root: Path) -> None:
