@@ -29,8 +29,17 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
-def kill_when(ready: Callable[[], bool], folder: Path, arguments: Sequence[str]) -> None:
-    """Start a run and kill it, without a chance to clean up, as soon as something is there."""
+def kill_when(
+    ready: Callable[[], bool],
+    folder: Path,
+    arguments: Sequence[str],
+    by: signal.Signals = signal.SIGKILL,
+) -> int:
+    """Start a run and end it, by default with no chance to clean up, once something is there.
+
+    Returns:
+        its exit status.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "g4seg_pl.main", *arguments],
         cwd=folder,
@@ -41,8 +50,8 @@ def kill_when(ready: Callable[[], bool], folder: Path, arguments: Sequence[str])
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and not ready():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(by)
+    return process.wait(120)
 
 
 def masks(out: Path) -> dict[str, bytes]:

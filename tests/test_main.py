@@ -157,18 +157,11 @@ def test_a_run_that_is_asked_to_end_does_so_between_batches(
     """A cluster sends SIGTERM before it takes its machine back."""
     write_voc(tmp_path, [f"image{index:03}" for index in range(60)])
     arguments = words("predict", sd1_folder, "ended", "--data.batch_size", "1")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "g4seg_pl.main", *arguments],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     written = tmp_path / "ended" / "masks"
-    while process.poll() is None and len(list(written.glob("*.png"))) < 3:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    status = kill_when(
+        lambda: len(list(written.glob("*.png"))) >= 3, tmp_path, arguments, signal.SIGTERM
+    )
+    assert status == 128 + signal.SIGTERM
     done = len(masks(tmp_path / "ended"))
     assert 3 <= done < 60
     monkeypatch.chdir(tmp_path)

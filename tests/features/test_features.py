@@ -223,3 +223,10 @@ def test_a_tower_that_is_no_transformer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
     with pytest.raises(ConfigurationError, match=r"ModifiedResNet.*give a ViT"):
         OpenClipFeatures(str(tmp_path)).load()
+
+
+def test_weights_are_real_whatever_context_lightning_makes_models_in(vision_folder: Path) -> None:
+    features = TransformersClipFeatures(str(vision_folder))
+    with torch.device("meta"):
+        features.load()
+    assert {weight.device.type for weight in features.network.parameters()} == {"cpu"}

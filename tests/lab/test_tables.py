@@ -97,6 +97,8 @@ def test_a_tiny_decoder_is_paired_with_the_full_one(
     before, after = (each.models.identity(None) for each in (lab, same))
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {"decoder"}
+    on_gpu = replace(lab.models, device="cuda").identity(None)
+    assert on_gpu == before | {"dtype": "torch.bfloat16"}, "or both would share results"
 
 
 def test_claim_and_likelihood(lab: Lab, tmp_path: Path) -> None:
