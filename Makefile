@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-# glibc would give every large block back to the system and fetch it anew: a sixth of a U-Net's time.
+# glibc would give every large block back to the system and fetch it anew, which a U-Net feels.
 LAB := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=200000000 \
 	$(BIN)/python -m g4seg_pl.lab
 
@@ -36,9 +36,10 @@ test: lint
 	$(BIN)/python -m pytest
 
 # From nothing: 2 h 0 min, measured on two cores with AVX-512 before claim and sensitivity had three
-# kinds of seeds and three noise seeds, which add about 40 minutes by their core-minutes; near four
-# hours on AVX2, reckoned from a slice. Every part resumes and can be run by itself. Tables are made side by side, a thread
-# each, in $(PROCESSES) processes: results are kept by what determines them, wherever they were made.
+# kinds of seeds and three noise seeds, which add about 40 minutes by their core-minutes; not within
+# three hours on AVX2. Every part resumes and can be run by itself. Tables are made side by side, a
+# thread each, in $(PROCESSES) processes: results are kept by what determines them, wherever they
+# were made.
 PROCESSES ?= 2
 ONE := OMP_NUM_THREADS=1 $(LAB)
 TABLES := lab-sensitivity lab-signals lab-groups lab-words lab-refiners lab-likelihood lab-makers \
