@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.addresses import as_location
-from datamodules.classes import ClassList, read_class_list
+from datamodules.classes import ClassList, read_class_list, require_same_classes
 from datamodules.images import Orientation
 from datamodules.items import Item, check_unique, take_shard
 from datamodules.labels import FileLabels, LabelSource, XmlLabels
@@ -152,6 +152,7 @@ class SeedDataModule(LightningDataModule, ABC):
 
     def _open_seeds(self) -> SeedSource | None:
         if self.seeds is not None:
+            require_same_classes(self.class_list, self.seeds)
             options = (self.class_list, self.dialect, self.seed_options)
             return open_seeds(self.seeds, *options, opener=self._place)
         if self.labels == "seed":

@@ -1,5 +1,6 @@
 """Class lists: data-set names, the names put into prompts, and synonyms, from small text files."""
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,44 @@ class ClassList:
         Case, underscores and hyphens do not count.
         """
         return self._ids.get(_folded(name))
+
+
+def require_same_classes(classes: ClassList, masks: Path | str) -> None:
+    """Refuses masks whose run.json, in their folder or the one above, counts classes otherwise.
+
+    Seeds and labels only number their classes: with another list they go by wrong names.
+
+    Args:
+        classes: the class list of the data set.
+        masks: where they lie; only a local folder is looked into.
+
+    Raises:
+        ConfigurationError: a class id stands for something else there.
+    """
+    if not isinstance(masks, Path):
+        return
+    for record in (masks / "run.json", masks.parent / "run.json"):
+        theirs = _recorded_names(record)
+        for class_id, name in enumerate(theirs, start=1):
+            if classes.find(name) != class_id:
+                ours = classes.names[class_id - 1] if class_id <= len(classes) else "nothing"
+                message = (
+                    f"class_names: class {class_id} is {name!r} by {record} and {ours!r} here; "
+                    "give the class list that those masks were made with"
+                )
+                raise ConfigurationError(message)
+        if theirs:
+            return
+
+
+def _recorded_names(record: Path) -> list[str]:
+    """The class names in a run.json of g4seg; none if it is missing, or another program's."""
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    names = content.get("class_names") if isinstance(content, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _folded(name: str) -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from datamodules.base import SeedDataModule
-from datamodules.classes import ClassList, read_class_list
+from datamodules.classes import ClassList, read_class_list, require_same_classes
 from datamodules.items import Item, check_unique, take_shard
 from datamodules.sampling import ProcessSampler, own_part
 from datamodules.training_items import MaskReader, TrainingImages, WholeImages, collate_whole
@@ -126,6 +126,7 @@ class PseudoLabelDataModule(LightningDataModule):
             told = "data.labels is not given: training on the ground truth of the images"
             rank_zero_only(print)(told, file=sys.stderr, flush=True)
         else:
+            require_same_classes(self.class_list, folder.root)
             ids = [item.image_id for item in items]
             folder.require(ids, getattr(self.images, "split", None), soft=self.soft)
             if self.soft:

@@ -1,5 +1,6 @@
 """Pictures and masks as users hold them (PIL, NumPy, torch), to tensors and back."""
 
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -40,8 +41,10 @@ def picture_to_tensor(picture: PictureLike) -> Tensor:
         expected, last = "(H, W, 3) or (H, W)", channels_last.shape[-1:]
         tensor = torch.from_numpy(np.ascontiguousarray(channels_last))
         tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
-    else:
+    elif isinstance(picture, Tensor):
         expected, last, tensor = "(3, H, W)", tuple(picture.shape[:1]), picture.detach().cpu()
+    else:
+        raise _no_picture(picture, "image")
     if tensor.ndim != 3 or last != (3,) or 0 in tensor.shape:
         message = f"image has shape {tuple(picture.shape)}; give {expected}"
         raise BadItemError(message)
@@ -67,8 +70,10 @@ def mask_to_tensor(mask: PictureLike, name: str, size: tuple[int, int]) -> Tenso
         tensor = torch.from_numpy(np.array(mask))
     elif isinstance(mask, np.ndarray):
         tensor = torch.from_numpy(np.ascontiguousarray(mask))
-    else:
+    elif isinstance(mask, Tensor):
         tensor = mask.detach().cpu()
+    else:
+        raise _no_picture(mask, f"mask of {name!r}")
     if tuple(tensor.shape) != size:
         message = f"mask of {name!r} has shape {tuple(tensor.shape)}; the image has {size}"
         raise BadItemError(message)
@@ -114,6 +119,15 @@ def _to_eight_bits(tensor: Tensor) -> Tensor:
         message = "image has values outside [0, 1]; divide by its maximum, or give uint8"
         raise BadItemError(message)
     return (tensor * 255).round().to(torch.uint8)
+
+
+def _no_picture(value: object, what: str) -> BadItemError:
+    """The error (not raised) about what is neither picture nor array, such as a path."""
+    if isinstance(value, str | Path):
+        opened = f"PIL.Image.open({str(value)!r})"
+        return BadItemError(f"{what} is the path {value}; open it first, as {opened}")
+    kind = type(value).__name__
+    return BadItemError(f"{what} is a {kind}; give a PIL image, an array or a tensor")
 
 
 def _to_probability(tensor: Tensor, name: str) -> Tensor:

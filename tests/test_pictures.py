@@ -1,5 +1,7 @@
 """Pictures and masks of every kind, and those that are refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,8 @@ def test_pictures_are_turned_upright() -> None:
         (PIXELS.astype(np.float32), r"outside \[0, 1\]"),
         (np.full((4, 6, 3), np.nan), r"outside \[0, 1\]"),
         (np.zeros((0, 6, 3), np.uint8), r"shape \(0, 6, 3\)"),
+        ("dog.jpg", r"image is the path dog\.jpg; open it first"),
+        (PIXELS.tolist(), "image is a list; give a PIL image"),
     ],
 )
 def test_other_pictures_are_refused(picture: object, message: str) -> None:
@@ -96,6 +100,8 @@ def test_masks_of_any_kind_are_the_same(mask: object) -> None:
         (np.full(SIZE, np.nan), "not a number"),
         (np.full(SIZE, 7, np.int64), "numbers of type torch.int64"),
         (Image.new("RGB", (6, 4)), "mode RGB"),
+        (Path("dog.png"), r"mask of 'dog' is the path dog\.png; open it first"),
+        (0.5, "mask of 'dog' is a float; give a PIL image"),
     ],
 )
 def test_other_masks_are_refused(mask: object, message: str) -> None:

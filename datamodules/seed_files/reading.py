@@ -125,9 +125,7 @@ def _read(
     labels: tuple[int, ...] | None,
     options: ReadOptions,
 ) -> SeedMaps:
-    if path.suffix.lower() not in suffixes_of(dialect):
-        problem = f"a {path.suffix} file where dialect={dialect} was asked for"
-        raise bad_item(path, problem, "Set dialect=auto, or point seeds to the right folder")
+    check_suffix(path, dialect)
     if dialect == "mat":
         return diffsegmenter_mat.read(path)
     if dialect == "png":
@@ -160,6 +158,13 @@ def suffixes_of(dialect: Dialect) -> tuple[str, ...]:
             return (".json",)
         case _:
             return (".npy", ".npz")
+
+
+def check_suffix(path: File, dialect: Dialect) -> None:
+    """Raises BadItemError if a file of this name cannot be of the dialect."""
+    if path.suffix.lower() not in suffixes_of(dialect):
+        problem = f"a {path.suffix} file where dialect={dialect} was asked for"
+        raise bad_item(path, problem, "Set dialect=auto, or point seeds to the right folder")
 
 
 def select(

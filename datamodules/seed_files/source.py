@@ -12,7 +12,15 @@ from datamodules.files import File
 from datamodules.places import Place, open_place
 from datamodules.seed_files.coco import CocoFile
 from datamodules.seed_files.maps import Dialect, ReadOptions, SeedMaps, check_classes
-from datamodules.seed_files.reading import SUFFIXES, detect, read_maps, select, suffixes_of, to_seed
+from datamodules.seed_files.reading import (
+    SUFFIXES,
+    check_suffix,
+    detect,
+    read_maps,
+    select,
+    suffixes_of,
+    to_seed,
+)
 from g4seg_pl.types import ConfigurationError, Seed
 
 
@@ -114,8 +122,13 @@ class SeedFolder:
         return to_seed(select(maps, labels, path, empty), size, path, empty)
 
     def check(self, image_id: str) -> None:
-        """Raises BadItemError if an image has no seed file, several, or an empty local one."""
+        """Raises BadItemError if an image has no seed file, several, an empty or a wrong one.
+
+        Emptiness is looked for in local files; wrong is one that cannot be of the forced dialect.
+        """
         path = self.path(image_id)
+        if self._dialect != "auto":
+            check_suffix(path, self._dialect)
         if isinstance(path, Path) and path.stat().st_size == 0:
             raise bad_item(path, "an empty file", "Make the seed of this image again")
 

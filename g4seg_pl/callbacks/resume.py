@@ -166,6 +166,7 @@ def _write_run_record(
             "split": describe(getattr(datamodule, "split", None)),
             "background_rule": background_rule(module),
             "seed_dialect": _seed_dialect(datamodule),
+            "class_names": _class_names(datamodule),
             **now,
         }
     write_text_atomically(folder.run_json, json_text(record))
@@ -176,6 +177,12 @@ def _seed_dialect(datamodule: Any) -> str | None:
     ask = getattr(datamodule, "seed_dialect", None)
     dialect: str | None = ask() if callable(ask) else None
     return dialect
+
+
+def _class_names(datamodule: Any) -> list[str] | None:
+    """The names of classes 1, 2, ..., where the DataModule knows them."""
+    classes = getattr(datamodule, "class_list", None)
+    return None if classes is None else list(classes.names)
 
 
 def background_rule(module: Any) -> str:

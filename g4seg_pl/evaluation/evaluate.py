@@ -208,7 +208,7 @@ def _score_files(
     except BadItemError as error:
         return str(error)
     except ValueError as error:
-        return f"{predicted}: {error}"
+        return f"{predicted} against {true}: {error}"
 
 
 def _score_all(

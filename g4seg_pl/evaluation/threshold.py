@@ -81,7 +81,10 @@ def otsu(data: "SeedDataModule", json: Path | None = None) -> float:
         "split": str(getattr(data, "split", None)),
     }
     _tell(found, json)
-    print(f"use it with --model.background.init_args.value {threshold:g}")
+    print(
+        f"use it with --model.background.init_args.value {threshold:g}, which takes the place of "
+        "another background rule"
+    )
     return threshold
 
 

@@ -166,21 +166,29 @@ class SegmentationModule(pl.LightningModule):
         Raises:
             ConfigurationError: the network's labels are not the data's.
         """
-        logits = self(batch["image"])
+        logits = self._checked(self(batch["image"]))
+        loss: Tensor = self.loss(logits, batch["mask"], batch.get("soft"))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(logits))
+        self._log_step()
+        return loss
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        """Return logits ``(B, C, ...)`` whose C is the data's number of labels."""
         if self._label_names and logits.shape[1] != len(self._label_names):
             msg = (
                 f"the network gives {logits.shape[1]} labels, the data has "
                 f"{len(self._label_names)} (background included): set the network's num_labels"
             )
             raise ConfigurationError(msg)
-        loss: Tensor = self.loss(logits, batch["mask"], batch.get("soft"))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(logits))
-        self._log_step()
-        return loss
+        return logits
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
-        """Count the pixels of a batch; returns the predicted labels ``(B, H, W)``."""
-        labels: Tensor = self(batch["image"]).argmax(1)
+        """Count the pixels of a batch; returns the predicted labels ``(B, H, W)``.
+
+        Raises:
+            ConfigurationError: the network's labels are not the data's.
+        """
+        labels = self._checked(self(batch["image"])).argmax(1)
         self._count(labels, batch["mask"])
         return labels
 

@@ -50,7 +50,9 @@ def test_refine_config_runs(config: Path, tmp_path: Path, sd1_folder: Path) -> N
     write_tree(tmp_path, config)
     assert main(predict_words(tmp_path, sd1_folder, config)) == 0
     assert {path.stem for path in (tmp_path / "out" / "masks").iterdir()} == set(IDS)
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["seed_dialect"] == "clip_es"
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["seed_dialect"] == "clip_es"
+    assert record["class_names"][:2] == ["aeroplane", "bicycle"]
 
 
 def added_run(root: Path, model: Path, added: Path, *words: str) -> str:

@@ -1,10 +1,11 @@
 """Class lists and the words of their prompts."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from datamodules.classes import BUNDLED, read_class_list
+from datamodules.classes import BUNDLED, read_class_list, require_same_classes
 from g4seg_pl.types import ConfigurationError
 
 CLASS_COUNTS = {
@@ -53,3 +54,29 @@ def test_a_list_with_a_name_twice(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ConfigurationError, match=r"names\.txt"):
             read_class_list(path)
+
+
+@pytest.mark.parametrize("folder", ["seeds", "seeds/soft"])
+def test_seeds_made_with_another_list_are_refused(tmp_path: Path, folder: str) -> None:
+    seeds = tmp_path / folder
+    seeds.mkdir(parents=True)
+    record = tmp_path / "seeds" / "run.json"
+    voc = read_class_list("voc")
+
+    def write(names: list[str] | None) -> None:
+        record.write_text(json.dumps({"config": {}, "class_names": names}))
+
+    write([*voc.names])
+    require_same_classes(voc, seeds)
+    require_same_classes(read_class_list("voc_clip_es"), seeds)  # other words for the same things
+    with pytest.raises(ConfigurationError, match=r"class 1 is 'aeroplane' by .*run\.json and"):
+        require_same_classes(read_class_list("coco"), seeds)
+    write([*voc.names[:8], voc.names[9], voc.names[8]])
+    with pytest.raises(ConfigurationError, match=r"class 9 is 'cow' by .* and 'chair' here"):
+        require_same_classes(voc, seeds)
+    write([*voc.names, "dragon"])
+    with pytest.raises(ConfigurationError, match=r"class 21 is 'dragon' by .* and 'nothing' here"):
+        require_same_classes(voc, seeds)
+    for unknown in (json.dumps([1]), "{}", "no JSON"):
+        record.write_text(unknown)
+        require_same_classes(voc, seeds)

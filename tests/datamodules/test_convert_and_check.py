@@ -238,6 +238,18 @@ def test_check_reports_everything_at_once(
         assert word.removesuffix(".npy") in shown
 
 
+def test_check_names_seeds_that_cannot_be_of_the_forced_dialect(
+    voc: Path, save_label: Maker
+) -> None:
+    seeds = voc.parent.parent / "cam_out"
+    (seeds / "a.npy").unlink()
+    save_label(seeds / "a.png", [3, 15])
+    assert inspect(VOCDataModule(voc, seeds, num_workers=0)).complaints == {}
+    report = inspect(VOCDataModule(voc, seeds, dialect="clip_es", num_workers=0))
+    assert list(report.complaints) == ["a"]
+    assert "a .png file where dialect=clip_es" in report.complaints["a"][0]
+
+
 def test_a_full_check_decodes_everything(voc: Path) -> None:
     seeds = voc.parent.parent / "cam_out"
     path = voc / "JPEGImages" / "a.jpg"

@@ -1,5 +1,6 @@
 """Training data: what comes out, what is checked, and that order and draws depend on seeds only."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,14 @@ def test_missing_soft_maps_are_named(root: Path) -> None:
     data_module(root).setup("fit")
     with pytest.raises(ConfigurationError, match=f"no soft map.*{IDS[2]}.*writer.soft"):
         data_module(root, soft=True).setup("fit")
+
+
+def test_masks_of_another_class_list_are_refused(root: Path) -> None:
+    record = root / "refined" / "run.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"class_names": ["cat", "dog"]}))
+    with pytest.raises(ConfigurationError, match=r"class 1 is 'cat' by .* and 'aeroplane' here"):
+        data_module(root).setup("fit")
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,12 @@ def test_all_bad_files_are_named_at_once(tmp_path: Path) -> None:
     assert all(f"{name}.png" in str(error.value) for name in "abc")
 
 
+def test_too_few_classes_name_the_truth_that_has_more(tmp_path: Path) -> None:
+    pred, gt = write(tmp_path / "pred", random_maps(0)), write(tmp_path / "gt", random_maps(1))
+    with pytest.raises(BadItemError, match=r"gt/a\.png: truth holds label 2, .* is 2"):
+        evaluate(pred, gt, 2)
+
+
 def test_split_list_may_hold_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "gt", random_maps(1))
     lines = tmp_path / "list.txt"

@@ -306,10 +306,11 @@ def test_test_scores_are_those_of_the_written_files(root: Path) -> None:
     assert found["test/miou"] == pytest.approx(100 * mean_iou(np.stack(counts)), abs=1e-3)
 
 
-def test_wrong_number_of_labels_is_named(root: Path) -> None:
+@pytest.mark.parametrize("loop", ["fit", "validate"])
+def test_wrong_number_of_labels_is_named(root: Path, loop: str) -> None:
     module = SegmentationModule(SmallDeepLab(13, 4))
     with pytest.raises(ConfigurationError, match="13 labels, the data has 21"):
-        trainer(root).fit(module, data_module(root))
+        getattr(trainer(root), loop)(module, data_module(root))
 
 
 @pytest.mark.parametrize(
