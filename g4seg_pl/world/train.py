@@ -29,7 +29,7 @@ from g4seg_pl.world.autoencoder import AutoencoderTask
 from g4seg_pl.world.classifier import ClassifierTask, SceneClassifier, training_precision
 from g4seg_pl.world.clip import ClipTask
 from g4seg_pl.world.data import DEFAULT_CACHE, held_out, load_shards, split_row
-from g4seg_pl.world.folders import GENERATOR, JUDGE, TEACHER
+from g4seg_pl.world.folders import CLIP, GENERATOR, JUDGE, TEACHER
 from g4seg_pl.world.text import write_tokenizer
 from g4seg_pl.world.tiny import ScenesWithLatents, TinyDecoderTask, held_out_latents
 from g4seg_pl.world.unet import LatentBatches, UNetTask
@@ -98,19 +98,22 @@ def _scene_loaders(options: argparse.Namespace, batch: int = BATCH) -> Loaders:
 
 def train_teacher(options: argparse.Namespace) -> None:
     """What the autoencoder, the CLIP and the U-Net learn perception from."""
-    _train_classifier(options, "teacher", 1500)
+    _train_classifier(options, "teacher", 3000)
 
 
 def train_judge(options: argparse.Namespace) -> None:
     """The judge of the gates: nothing that is judged has seen it."""
-    _train_classifier(options, "judge", 4000, disturb=True)
+    _train_classifier(options, "judge", 4000)
 
 
 def _train_classifier(
-    options: argparse.Namespace, name: str, steps: int, *, disturb: bool = False
+    options: argparse.Namespace, name: Literal["teacher", "judge"], steps: int
 ) -> None:
     steps = options.steps or steps
-    task = ClassifierTask(steps=steps, disturb=disturb)
+    task = ClassifierTask(steps=steps, disturb=True)
+    if options.continue_published:
+        published = TEACHER if name == "teacher" else JUDGE
+        task.net.load_state_dict(load_file(published / "model.safetensors"))
     # Batch norm in bf16 is slow on a CPU; the classifier is small enough for float32.
     fit(task, options.out / name, steps, _scene_loaders(options), "32-true")
 
@@ -150,8 +153,8 @@ def train_decoder(options: argparse.Namespace) -> None:
         load_teacher(options.out),
         learning_rate=4e-4,
         steps=steps,
-        perceptual_weight=1.0,
-        verdict_weight=20.0,
+        perceptual_weight=2.0,
+        verdict_weight=60.0,
         decoder_only=True,
     )
     published = AutoencoderKL.from_pretrained(GENERATOR, subfolder="vae")
@@ -181,6 +184,8 @@ def train_clip(options: argparse.Namespace) -> None:
         steps=steps,
         compile_model=options.compile,
     )
+    if options.continue_published:
+        task.clip.load_state_dict(load_file(CLIP / "open_clip_model.safetensors"))
     # The fused kernel's backward is the slower one at these sizes on a CPU.
     with sdpa_kernel(SDPBackend.MATH):
         fit(task, options.out / "clip", steps, _scene_loaders(options, batch=32))

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from g4seg_pl.world.scenes import CLASS_NAMES
@@ -157,6 +157,23 @@ class TextToLatent(nn.Module):
         return predicted, guessed
 
 
+@torch.no_grad()
+def warm_average(
+    averages: tuple[Tensor, ...] | list[Tensor],
+    weights: tuple[Tensor, ...] | list[Tensor],
+    count: Tensor | int,
+    decay: float = 0.9995,
+) -> None:
+    """Move averages towards weights in place, faster at first, in the signature of AveragedModel.
+
+    At update n the decay is (1 + n) / (10 + n) at most, so that the start, which a short run would
+    else keep a large part of, is soon forgotten.
+    """
+    updates = int(count)
+    step = 1 - min(decay, (1 + updates) / (10 + updates))
+    torch._foreach_lerp_(averages, weights, step)
+
+
 class UNetTask(L.LightningModule):
     """Denoising at uniform timesteps; warm-up, constant rate, then a cosine to zero; EMA.
 
@@ -180,7 +197,7 @@ class UNetTask(L.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["tokenizer"])
         self.model = TextToLatent(tokenizer).to(memory_format=torch.channels_last)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9995))
+        self.average = AveragedModel(self.model, multi_avg_fn=warm_average)
         self.average.requires_grad_(False)
         self.run_model = torch.compile(self.model) if compile_model else self.model
         self.alphas: Tensor

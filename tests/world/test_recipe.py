@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file
 
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.world import data, export, train
 from g4seg_pl.world.autoencoder import build_autoencoder, colour_loss
 from g4seg_pl.world.check import Gate, _peaks_inside, report
 from g4seg_pl.world.classifier import SceneClassifier, disturbed
-from g4seg_pl.world.clip import fused
+from g4seg_pl.world.clip import ClipTask, fused
 from g4seg_pl.world.folders import GENERATOR
 from g4seg_pl.world.scenes import CLASS_NAMES
 from g4seg_pl.world.tiny import TinyDecoderTask
-from g4seg_pl.world.unet import UNetTask, build_scheduler, draw_caption
+from g4seg_pl.world.unet import UNetTask, build_scheduler, draw_caption, warm_average
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Lightning's advice to people who train for days
@@ -153,6 +154,39 @@ def test_training_goes_on_from_published_weights(
             assert torch.allclose(dict(ours.named_parameters())[name], weight, atol=1e-3)
 
 
+def test_clip_goes_on_from_published_weights(
+    trained: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export.export_clip(trained.out, tmp_path)
+    started = {}
+
+    def keep(task: ClipTask, *_: object) -> None:
+        started.update(task.clip.state_dict())
+
+    monkeypatch.setattr(train, "CLIP", tmp_path)
+    monkeypatch.setattr(train, "fit", keep)
+    monkeypatch.setattr(train, "held_out", lambda split, count: data.held_out(split, 8))
+    train.train_clip(argparse.Namespace(**{**vars(trained), "continue_published": True}))
+    published = load_file(tmp_path / "open_clip_model.safetensors")
+    assert set(published) == set(started)
+    assert all(torch.equal(weight, started[name]) for name, weight in published.items())
+
+
+def test_average_forgets_its_start_soon_and_then_moves_slowly() -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(20_000, 3)
+    expected, moved = weights[0].clone(), weights[0].clone()
+    for count, weight in enumerate(weights[1:], start=1):
+        share = min(0.9995, (1 + count) / (10 + count))
+        expected = share * expected + (1 - share) * weight
+        warm_average([moved], [weight], count)
+    assert torch.allclose(moved, expected, atol=1e-5)
+    start, still = torch.ones(1), torch.zeros(1)
+    for count in range(1, 100):
+        warm_average([start], [still], torch.tensor(count))
+    assert 0 < float(start) < 1e-6
+
+
 def test_fused_teacher_sees_the_same() -> None:
     teacher = SceneClassifier()
     for norm in [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]:
@@ -161,7 +195,8 @@ def test_fused_teacher_sees_the_same() -> None:
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         expected = teacher.eval()(images)
-        found = fused(teacher)(images.bfloat16()).float()
+        quick = fused(teacher)
+        found = quick(images.to(quick.head.weight.dtype)).float()
     assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))
 
 
