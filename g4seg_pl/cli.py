@@ -85,7 +85,10 @@ def run_trainer(args: Sequence[str]) -> int:
         args: the subcommand and its arguments.
 
     Returns:
-        0, or 1 if an item failed, or 2 if the arguments cannot be understood.
+        0, or 1 if an item failed.
+
+    Raises:
+        ConfigurationError: the arguments cannot be understood.
     """
     _import_data_modules()
     # What Lightning tells about itself would bury what the run says.

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from g4seg_pl.backbones.controlnet import ControlNetInjection
+from g4seg_pl.backbones.controlnet import ControlNetInjection, require_injection
 from g4seg_pl.backbones.kinds import check_model
 from g4seg_pl.backbones.loading import resolve_dtype
 from g4seg_pl.backbones.pretrained import load_generator
@@ -21,7 +21,6 @@ from g4seg_pl.core.background import (
     threshold_of,
 )
 from g4seg_pl.core.steps import Correspondence, UpdateStep
-from g4seg_pl.core.threshold import told_threshold
 from g4seg_pl.feature_cache import check_folder, open_cache
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
@@ -60,6 +59,8 @@ class G4SegModule(pl.LightningModule):
         dtype: number format of the weights; ``auto`` is bfloat16 on a GPU, float32 elsewhere.
         prompt_template: the prompt, with one ``{}`` for the class name.
         masks_per_pass: masks that enter a network at once: the bound on memory.
+        working_size: side in pixels of the square that images are refined at; None for the
+            model's own.
         variant: of the model's weight files, such as ``fp16``.
         revision: branch, tag or commit of a hub id.
         embedded_guidance: w that an LCM's U-Net is told; 0 is no guidance, as everywhere here.
@@ -80,6 +81,7 @@ class G4SegModule(pl.LightningModule):
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         prompt_template: str = "A photo of {}",
         masks_per_pass: int = 8,
+        working_size: int | None = None,
         variant: str | None = None,
         revision: str | None = None,
         embedded_guidance: float = 0.0,
@@ -98,6 +100,7 @@ class G4SegModule(pl.LightningModule):
         self.number_format: Literal["auto", "float32", "bfloat16", "float16"] = dtype
         self.prompt_template = prompt_template
         self.masks_per_pass = masks_per_pass
+        self.working_size = working_size
         self.variant = variant
         self.revision = revision
         self.embedded_guidance = embedded_guidance
@@ -121,6 +124,7 @@ class G4SegModule(pl.LightningModule):
             "dtype": self.number_format,
             "prompt_template": self.prompt_template,
             "masks_per_pass": self.masks_per_pass,
+            "working_size": self.working_size,
             "variant": self.variant,
             "revision": self.revision,
             "embedded_guidance": self.embedded_guidance,
@@ -149,6 +153,7 @@ class G4SegModule(pl.LightningModule):
             if self.cache_features is not None:
                 check_folder(self.cache_features)
             if self.controlnet is not None:
+                require_injection(self.update)
                 classes = getattr(getattr(self._trainer, "datamodule", None), "class_list", None)
                 names = () if classes is None else classes.prompts
                 self.controlnet.check(self.model, self.revision, names)
@@ -172,19 +177,19 @@ class G4SegModule(pl.LightningModule):
         self._refiner = G4SegRefiner(
             generator,
             self.features,
-            self._steps(),
+            self.update,
+            threshold=self._threshold(),
             seed=self.seed,
             prompt_template=self.prompt_template,
             masks_per_pass=self.masks_per_pass,
+            working_size=self.working_size,
             cache=cache,
         )
 
-    def _steps(self) -> tuple[UpdateStep, ...]:
-        """The update, its steps told where the labels are cut."""
+    def _threshold(self) -> float | None:
+        """Where the labels are cut, if that is a score that masks can have."""
         threshold = threshold_of(self.background)
-        if threshold is not None and 0 < threshold < 1:
-            return tuple(told_threshold(step, threshold) for step in self.update)
-        return self.update
+        return threshold if threshold is not None and 0 < threshold < 1 else None
 
     def predict_step(
         self, batch: list[Sample | FailedSample], batch_idx: int = 0

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from g4seg_pl.backbones.controlnet import ControlNetInjection, require_injection
 from g4seg_pl.backbones.loading import NumberFormat, place_of, resolve_dtype
 from g4seg_pl.backbones.pretrained import load_generator
 from g4seg_pl.core.context import RefinementContext
@@ -16,6 +17,7 @@ from g4seg_pl.core.protocols import FeatureExtractor, Generator, ImageCache
 from g4seg_pl.core.refine import RefinementState, refine
 from g4seg_pl.core.resize import apply_change, image_to_working, masks_to_working
 from g4seg_pl.core.steps import UpdateStep
+from g4seg_pl.core.threshold import check_threshold, told_threshold
 from g4seg_pl.feature_cache import check_folder, open_cache
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
@@ -56,6 +58,7 @@ class G4SegRefiner:
         generator: the text-to-image model.
         features: F of Eq. 8; None if no step compares images.
         steps: the updates, in order.
+        threshold: the score from which a pixel will count as foreground; None if not told.
         seed: the run's seed; noise depends on it, the image's id and the class only.
         prompt_template: the prompt, with one ``{}`` for the class.
         masks_per_pass: how many masks at most enter a network at once: the bound on memory.
@@ -69,6 +72,7 @@ class G4SegRefiner:
         features: FeatureExtractor | None,
         steps: Sequence[UpdateStep] | None = None,
         *,
+        threshold: float | None = None,
         seed: int = 0,
         prompt_template: str = "A photo of {}",
         masks_per_pass: int = 8,
@@ -81,15 +85,25 @@ class G4SegRefiner:
             generator: the text-to-image model, on its device.
             features: a loaded feature extractor on the same device.
             steps: the updates, in order; None for the recipe ``best``.
+            threshold: the score from which a pixel of these masks counts as foreground, between 0
+                and 1. Steps that cut masks work with it unless they have a value of their own;
+                None leaves them at 0.5.
             seed: the run's seed.
             prompt_template: the prompt, with one ``{}`` for the class.
             masks_per_pass: how many masks at most enter a network at once.
             working_size: side of the working square in pixels; None for the generator's own.
             cache: such as ``feature_cache.FeatureCache``.
+
+        Raises:
+            ValueError: the threshold is not strictly between 0 and 1.
         """
         self.generator = generator
         self.features = features
+        self.threshold = threshold
         self.steps = steps_of("best") if steps is None else tuple(steps)
+        if threshold is not None:
+            check_threshold(threshold)
+            self.steps = told_threshold(self.steps, threshold)
         self.seed = seed
         self.prompt_template = prompt_template
         self.masks_per_pass = masks_per_pass
@@ -108,9 +122,14 @@ class G4SegRefiner:
         device: str | torch.device | None = None,
         dtype: NumberFormat | torch.dtype = "auto",
         variant: str | None = None,
+        threshold: float | None = None,
         seed: int = 0,
         prompt_template: str = "A photo of {}",
         masks_per_pass: int = 8,
+        working_size: int | None = None,
+        revision: str | None = None,
+        embedded_guidance: float = 0.0,
+        controlnet: ControlNetInjection | None = None,
         decoder: str | None = None,
         cache_features: str | None = None,
     ) -> "G4SegRefiner":
@@ -125,9 +144,15 @@ class G4SegRefiner:
             dtype: number format, by name or torch's own; ``auto`` is bfloat16 on a GPU and
                 float32 elsewhere.
             variant: the weight files' variant, such as ``fp16``.
+            threshold: the score from which a pixel of your masks counts as foreground, such as 0.15
+                for CAM; None for 0.5.
             seed: the run's seed.
             prompt_template: the prompt, with one ``{}`` for the class.
             masks_per_pass: how many masks at most enter a network at once.
+            working_size: side of the working square in pixels; None for the model's own.
+            revision: branch, tag or commit of a hub id.
+            embedded_guidance: w that an LCM's U-Net is told; 0 is no guidance.
+            controlnet: inject masks through a ControlNet instead of attention (Table VIII).
             decoder: folder or hub id of an AutoencoderTiny (TAESD) that decodes instead of the
                 model's own autoencoder.
             cache_features: folder that keeps latents and features of images, so that refining
@@ -140,20 +165,27 @@ class G4SegRefiner:
             check_folder(cache_features)
         place = place_of(device)
         number_format = resolve_dtype(dtype, place)
-        generator = load_generator(str(model), number_format, variant, decoder=decoder).to(place)
+        chosen = tuple(steps_of(recipe) if steps is None else steps)
+        if controlnet is not None:
+            require_injection(chosen)
+        plain = load_generator(
+            str(model), number_format, variant, revision, embedded_guidance, decoder
+        ).to(place)
         features = VAEFeatures() if features is None else features
-        features.load(generator.vae)
+        features.load(plain.vae)
         features.to(place, number_format)
         cache = None
         if cache_features is not None:
-            cache = open_cache(cache_features, generator.vae, features)
+            cache = open_cache(cache_features, plain.vae, features)
         return cls(
-            generator,
+            plain if controlnet is None else controlnet.load(plain, number_format),
             features,
-            steps_of(recipe) if steps is None else steps,
+            chosen,
+            threshold=threshold,
             seed=seed,
             prompt_template=prompt_template,
             masks_per_pass=masks_per_pass,
+            working_size=working_size,
             cache=cache,
         )
 
@@ -163,6 +195,7 @@ class G4SegRefiner:
             self.generator,
             self.features,
             steps,
+            threshold=self.threshold,
             seed=self.seed,
             prompt_template=self.prompt_template,
             masks_per_pass=self.masks_per_pass,

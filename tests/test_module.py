@@ -134,7 +134,8 @@ def test_steps_are_told_where_labels_are_cut(tmp_path: Path, sd1_folder: Path) -
 def test_a_power_rule_has_a_threshold_too(sd1_folder: Path, power: float, threshold: float) -> None:
     steps = [Correspondence(), Correspondence(binarise_at=0.3), Correspondence(binarise_at=None)]
     module = G4SegModule(str(sd1_folder), steps, background=PowerBackground(power))
-    told = [step.binarise_at for step in module._steps()]  # type: ignore[union-attr]
+    module.configure_model()
+    told = [step.binarise_at for step in module._refiner.steps]  # type: ignore[union-attr]
     assert told == [pytest.approx(threshold, abs=1e-9), 0.3, None]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from g4seg_pl.backbones.controlnet import ControlNetInjection
 from g4seg_pl.core.confidence import Averaged
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.steps import Blur, Correspondence
@@ -130,6 +131,43 @@ def test_steps_can_be_put_together(sd1_folder: Path) -> None:
     refiner = G4SegRefiner.from_pretrained(str(sd1_folder), steps=[Blur(3.0)])
     found = refiner.refine(PIXELS, {"dog": MASK})["dog"]
     assert found.std() < MASK.std()
+
+
+def test_steps_work_with_the_threshold_that_is_told(sd1_folder: Path) -> None:
+    def masks(**options: Any) -> np.ndarray:
+        refiner = G4SegRefiner.from_pretrained(str(sd1_folder), device="cpu", **options)
+        return refiner.refine(PIXELS, {"dog": MASK})["dog"]
+
+    told = masks(steps=[Correspondence()], threshold=0.2)
+    np.testing.assert_array_equal(told, masks(steps=[Correspondence(binarise_at=0.2)]))
+    assert not np.array_equal(told, masks(steps=[Correspondence()]))
+    with pytest.raises(ValueError, match="threshold is 1"):
+        masks(threshold=1)
+
+
+def test_refines_at_another_working_size(refiner: G4SegRefiner, sd1_folder: Path) -> None:
+    assert refiner.working_size == refiner.generator.image_size
+    size = refiner.working_size // 2
+    half = G4SegRefiner.from_pretrained(
+        str(sd1_folder), recipe="paper", device="cpu", working_size=size
+    )
+    seen = []
+    half.refine(PIXELS, {"dog": MASK}, callback=lambda state: seen.append(tuple(state.after.shape)))
+    assert seen == [(1, size, size)]
+
+
+def test_masks_go_through_a_controlnet(sd1_folder: Path, controlnet_folder: Path) -> None:
+    control = ControlNetInjection(str(controlnet_folder), colours={"dog": "sofa"})
+
+    def refined(control: ControlNetInjection | None) -> np.ndarray:
+        made = G4SegRefiner.from_pretrained(
+            str(sd1_folder), recipe="paper", device="cpu", controlnet=control
+        )
+        return made.refine(PIXELS, {"dog": MASK})["dog"]
+
+    assert not np.array_equal(refined(control), refined(None))
+    with pytest.raises(ConfigurationError, match="no update step injects masks"):
+        G4SegRefiner.from_pretrained(str(sd1_folder), controlnet=control)
 
 
 @pytest.mark.parametrize("device", ["cpu"])

@@ -115,6 +115,20 @@ class ControlNetInjection:
             raise ConfigurationError(message) from error
 
 
+def require_injection(steps: Sequence[object]) -> None:
+    """Refuse update steps of which none would ever use a ControlNet.
+
+    Raises:
+        ConfigurationError: no step has an ``injection_weight`` above 0.
+    """
+    if not any(getattr(step, "injection_weight", 0) > 0 for step in steps):
+        message = (
+            "controlnet is given, but no update step injects masks: give one whose "
+            "injection_weight is above 0, such as Correspondence (recipe paper)"
+        )
+        raise ConfigurationError(message)
+
+
 class ControlledGenerator(nn.Module):
     """A generator whose injected masks are painted for a ControlNet; attention is left alone.
 

@@ -14,7 +14,7 @@ from g4seg_pl.bench.steps import STEPS, one_and_three_classes, refine_once
 
 def profiled(
     size: Literal["tiny", "sd21"] = "tiny",
-    step: Literal["paper", "affinity", "gradient", "likelihood", "best"] = "paper",
+    step: Literal["paper", "affinity", "gradient", "likelihood", "grounding", "best"] = "paper",
     classes: Literal[1, 3] = 1,
     device: str | None = None,
     lines: int = 15,

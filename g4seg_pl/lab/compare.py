@@ -172,8 +172,6 @@ def compare(
         # What was chosen in the world, F of Eq. 8 among it, holds there.
         runner = lab.runner(VAEFeatures())
         source, rule = DataSource(data, "files", images), background or Threshold()
-        if ways == SIDE_BY_SIDE:
-            names = [name for name in names if "best" not in name]
         compared = ways_of(names, read_ways(ways_file or WAYS))
     made = table_of("compare", source, compared, runner, rule, range(noise_seeds), resamples)
     made.write(out)

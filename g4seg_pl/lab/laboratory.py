@@ -182,7 +182,10 @@ class Lab:
         return {
             "data": f"embedded world (64x64 scenes), test scenes {self.first} to {last}",
             "noise seeds": len(self.noise_seeds),
-            "background": f"threshold {_by_kind(rules)}, chosen on validation scenes",
+            "background": (
+                f"threshold {_by_kind(rules)} for the seed, a way's own where it has one (chosen "
+                "settings), all chosen on validation scenes"
+            ),
             "settings": "chosen on validation scenes unless the row names them",
             "truth 255": "none in these scenes",
             "unit": "percent; gain over the seed ± bootstrap standard error over images, paired",

@@ -49,7 +49,7 @@ def paper(
         clip: the world's CLIP.
         features: F of Eq. 8; None takes what was chosen in the world, and on real data the
             generator's own autoencoder. The paper's is a CLIP image encoder, of which it does
-            not say more: `--features OpenClipFeatures --features.model ViT-B-16
+            not say more: `--features OpenClipFeatures --features.model ViT-B-16-quickgelu
             --features.pretrained openai`.
         configs: folder of the tables' YAML.
         store: results; a run that was broken off goes on from there.

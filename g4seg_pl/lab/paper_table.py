@@ -42,7 +42,6 @@ class Data:
         seeds: folder of seed files, or one that has a folder a row, named as the row's ``seeds``.
         split: instead of the table's.
         dialect: of the seed files.
-        num_workers: reading processes; items are read in the main process here.
     """
 
     root: Path | None = None

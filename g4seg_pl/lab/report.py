@@ -33,7 +33,11 @@ Every figure below was measured in the embedded world (procedural scenes and the
 this repository) and written by `make lab`; nothing here is a result of Stable Diffusion on VOC,
 Context or COCO. Settings were chosen on validation scenes, figures are of test scenes. The paper's
 own figures, where they stand, are marked (P). Seconds depend on the machine that made a table:
-compare them within one, and across tables in that of costs.
+compare them within one, and across tables in that of costs. The table of networks is `make loop`'s.
+
+A *way* is a refiner or a chain of them: `a+b` runs b on what a leaves. *Seeds* say where the coarse
+masks come from: Grad-CAM of the small CLIP, the generator's cross-attention, exact masks spoilt on
+purpose. F is the feature space that the paper's update compares images in.
 """
 
 

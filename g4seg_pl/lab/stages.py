@@ -225,7 +225,9 @@ class BilateralSolver:
         import cv2
 
         if not hasattr(cv2, "ximgproc"):
-            message = "the bilateral solver is in opencv-contrib: pip install opencv-contrib-python"
+            message = (
+                "the bilateral solver is in opencv-contrib, built with Eigen; its wheels are not"
+            )
             raise ConfigurationError(message)
         widths = {
             "sigma_spatial": self.space,

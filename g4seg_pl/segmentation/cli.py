@@ -116,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the subcommand and its arguments; those of the process if None.
 
     Returns:
-        0; 1 if something asked for cannot be done; 2 if the arguments cannot be understood.
+        0; 1 if something asked for cannot be done, or an argument cannot be understood; 2 if there
+        is no such subcommand.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in (*COMMANDS, "show"):

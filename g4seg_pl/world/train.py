@@ -35,6 +35,7 @@ from g4seg_pl.world.tiny import ScenesWithLatents, TinyDecoderTask, held_out_lat
 from g4seg_pl.world.unet import LatentBatches, UNetTask
 
 BATCH = 64
+CONTINUE = "start teacher, judge, clip or unet from the weights of the repository"
 DIFFUSERS_SCALE = 0.18215  # of an autoencoder that was never told its own
 Loaders = tuple[DataLoader[Any], DataLoader[Any] | None]
 
@@ -294,8 +295,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/world/train"))
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--compile", action="store_true", help="compile the U-Net (2 minutes)")
-    parser.add_argument("--continue-published", action="store_true", help="see train_unet")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the unet or clip",
+    )
+    parser.add_argument(
+        "--continue-published",
+        action="store_true",
+        help="of teacher, judge, clip and unet: start from the weights of the repository",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     L.seed_everything(0)

@@ -76,6 +76,8 @@ def test_best_config_runs_and_is_the_recipe(tmp_path: Path, sd1_folder: Path) ->
     assert "PowerBackground" in json.dumps(record)  # the first file's settings still hold
     written = yaml.safe_load(config.read_text())["model"]["update"]
     assert build_stages(written) == steps_of("best")
+    ways = yaml.safe_load((CONFIGS / "paper" / "ways.yaml").read_text())
+    assert build_stages(ways["best"]) == steps_of("best")  # of `g4seg compare --data`
 
 
 @pytest.mark.parametrize("name", ["sdxl", "lcm"])
@@ -92,6 +94,17 @@ def test_controlnet_config_runs(tmp_path: Path, sd1_folder: Path, controlnet_fol
     settings = json.loads(record)
     assert str(controlnet_folder) in record
     assert '"train": "bus"' in json.dumps(settings)
+
+
+def test_a_controlnet_that_nothing_would_use_stops_the_run(
+    tmp_path: Path, sd1_folder: Path, controlnet_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [CONFIGS / "refine" / f"{name}.yaml" for name in ("voc_clip_es", "best", "controlnet")]
+    write_tree(tmp_path, files[0])
+    words = predict_words(tmp_path, sd1_folder, *files)
+    assert main([*words, "--model.controlnet.model", str(controlnet_folder)]) == 1
+    assert "no update step injects masks" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_tiny_decoder_config_runs_and_is_recorded(

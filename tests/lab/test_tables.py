@@ -209,10 +209,13 @@ def test_compare_on_a_data_module(lab: Lab, tmp_path: Path) -> None:
     write_voc(tmp_path)
     data = VOCDataModule(tmp_path, tmp_path / "cam_out", num_workers=0)
     options = places(lab, tmp_path) | {"model": str(lab.models.generator), "data": data}
-    assert compare.compare("g4seg,blur,g4seg+blur", **options) == 0
+    ways = ["g4seg", "blur", "g4seg+blur", "best", "grounding", "word", "colour-affinity"]
+    assert compare.compare(",".join(ways), **options) == 0
     table = read_table(tmp_path / "out" / "compare.json")
     assert table.protocol["split"] == "train"
-    assert [row["way"] for row in table.rows] == ["seed", "g4seg", "blur", "g4seg+blur"]
+    assert [row["way"] for row in table.rows] == ["seed", *ways]
+    known = compare.read_ways(compare.WAYS)
+    assert {part for way in compare.SIDE_BY_SIDE.split(",") for part in way.split("+")} <= {*known}
 
 
 def test_compare_as_its_help_says(

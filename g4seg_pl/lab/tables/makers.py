@@ -1,4 +1,4 @@
-"""Seeds by every maker of `g4seg_pl.seeds`, refined: the table of seeds (issue 5)."""
+"""Seeds by every maker of `g4seg_pl.seeds`, refined: the table of seeds."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -153,7 +153,7 @@ def orders() -> Iterator[str]:
 
 
 def signals(lab: Lab) -> Table:
-    """Each signal alone, every order of two and three, with and without dCRF (issue 4, 1)."""
+    """Each signal alone, every order of two and three, with and without dCRF."""
     names = (*orders(), "dcrf", "feature-nn", "blur")
     by_kind = [(kind, named(lab, kind, names)) for kind in lab.kinds]
     title = "Signals, alone and in every order, with and without dCRF"
@@ -178,7 +178,7 @@ def controls(lab: Lab) -> Table:
 
 
 def costs(lab: Lab) -> Table:
-    """Seconds and memory of every chosen way on this machine (issue 4, 7, at the world's size)."""
+    """Seconds and memory of every chosen way on this machine, at the world's size."""
     kind = lab.kinds[0]
     source = lab.source(kind)
     samples = source.samples(source.ids[:8])
