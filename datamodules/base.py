@@ -164,7 +164,7 @@ class SeedDataModule(LightningDataModule, ABC):
         if self.labels in ("seed", "none"):
             return None
         if self.labels != "annotations":
-            return FileLabels(Path(self.labels), self.class_list)
+            return FileLabels(Path(self.labels).expanduser(), self.class_list)
         if self.annotations is None:
             message = "labels: this layout has no annotations; give seed, or the file of labels"
             raise ConfigurationError(message)

@@ -96,8 +96,9 @@ def _locate(source: str | Path) -> Path:
     bundled = BUNDLED / f"{source}.txt"
     if len(Path(source).parts) == 1 and bundled.is_file():
         return bundled
-    if Path(source).is_file():
-        return Path(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
     known = ", ".join(sorted(path.stem for path in BUNDLED.glob("*.txt")))
     message = f"class_names: no file {source} and no bundled list of that name (known: {known})"
     raise ConfigurationError(message)

@@ -71,7 +71,7 @@ class COCODataModule(SeedDataModule):
             shard,
         )
         self.split, self.list_file = split, list_file
-        self.truth = None if truth is None else Path(truth)
+        self.truth = None if truth is None else Path(truth).expanduser()
         self.truth_ids: CategoryIds = truth_ids
 
     @property
@@ -84,7 +84,9 @@ class COCODataModule(SeedDataModule):
         places = [self.local_root / name / self.split for name in ("JPEGImages", "images", "")]
         images = first_folder("split", places)
         if self.list_file is not None:
-            ids = [line.image_id for line in read_list(Path(self.list_file), "list_file")]
+            ids = [
+                line.image_id for line in read_list(Path(self.list_file).expanduser(), "list_file")
+            ]
         else:
             ids = ids_in(images, ".jpg")
         if not ids:

@@ -85,5 +85,5 @@ class FolderDataModule(SeedDataModule):
         at, picture = place.at, place.picture
         return [
             (line.image_id, at(line.image) if line.image else picture(line.image_id))
-            for line in read_list(Path(split))
+            for line in read_list(Path(split).expanduser())
         ]

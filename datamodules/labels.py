@@ -72,6 +72,10 @@ def _known(names: Iterable[str], classes: ClassList, path: Path) -> tuple[int, .
     return tuple(sorted({class_id for class_id in found.values() if class_id is not None}))
 
 
+# Names that differ by letters are other images; only COCO's file names are their numbers.
+_BARE_NUMBER = re.compile(r"(COCO_[a-z]+\d+_)?\d+")
+
+
 class FileLabels:
     """Labels of all images from one file.
 
@@ -88,6 +92,7 @@ class FileLabels:
             message = f"labels: no file {path}; give seed, annotations, or the file of labels"
             raise ConfigurationError(message)
         self._path, self._classes = path, classes
+        self._numbered = path.suffix == ".npy"  # IRN's have numbers for names
         try:
             self._rows = _npy_rows(path) if path.suffix == ".npy" else _text_rows(path)
         except (BadItemError, ValueError, TypeError) as error:
@@ -96,7 +101,9 @@ class FileLabels:
 
     def read(self, image_id: str) -> tuple[int, ...]:
         """Label values of an image; BadItemError if the file does not list it."""
-        row = self._rows.get(image_id) or self._rows.get(_number(image_id))
+        row = self._rows.get(image_id)
+        if row is None and (self._numbered or _BARE_NUMBER.fullmatch(image_id)):
+            row = self._rows.get(_number(image_id))
         if row is None:
             raise bad_item(self._path, f"no labels for image {image_id}", "Add it to the file")
         if all(field.isdecimal() for field in row):

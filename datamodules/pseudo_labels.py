@@ -62,7 +62,7 @@ class PseudoLabelDataModule(LightningDataModule):
         super().__init__()
         self.images, self.val, self.test = images, val, test
         self.shard = shard
-        self.labels = None if labels is None else Path(labels)
+        self.labels = None if labels is None else Path(labels).expanduser()
         self.soft = soft
         self.augmentation = augmentation or Augmentation()
         self.batch_size, self.val_batch_size = batch_size, val_batch_size

@@ -107,7 +107,7 @@ class VOCDataModule(SeedDataModule):
         others = _AUGMENTED if self.split in _AUGMENTED else ()
         names = dict.fromkeys((self.split, *others))
         listed = [self.lists / f"{name}.txt" for name in names]
-        for path in (*listed, Path(self.split)):
+        for path in (*listed, Path(self.split).expanduser()):
             if path.is_file():
                 return read_list(path)
         if self.split in _AUGMENTED:

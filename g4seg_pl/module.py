@@ -10,7 +10,7 @@ from torch import nn
 
 from g4seg_pl.backbones.controlnet import ControlNetInjection, require_injection
 from g4seg_pl.backbones.kinds import check_model
-from g4seg_pl.backbones.loading import resolve_dtype
+from g4seg_pl.backbones.loading import place_to_run, resolve_dtype
 from g4seg_pl.backbones.pretrained import load_generator
 from g4seg_pl.backbones.tiny_decoder import check_decoder
 from g4seg_pl.core.background import (
@@ -162,7 +162,7 @@ class G4SegModule(pl.LightningModule):
         """Load the weights, once; nothing is loaded for a run in which every image is finished."""
         if self._refiner is not None or not self._has_work():
             return
-        dtype = resolve_dtype(self.number_format, self.device)
+        dtype = resolve_dtype(self.number_format, place_to_run(self))
         plain = load_generator(
             self.model, dtype, self.variant, self.revision, self.embedded_guidance, self.decoder
         )

@@ -34,12 +34,17 @@ from diffusers import (  # noqa: E402
     PNDMScheduler,
     UNet2DConditionModel,
 )
+from hypothesis import settings  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
+
+# A busy machine is no failure of what is tested.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 Version = Literal[1, 2, "lcm", "xl"]
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -128,6 +129,44 @@ def test_steps_are_told_where_labels_are_cut(tmp_path: Path, sd1_folder: Path) -
     for given, found in ((0.3, 0.3), (0.5, 0.15)):
         nested = told_threshold(Averaged([Affinity(threshold=given)]), 0.15)
         assert nested.steps[0].threshold == found
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.bfloat16), ("cpu", torch.float32)])
+def test_the_number_format_is_that_of_the_device_it_will_run_on(
+    sd1_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype
+) -> None:
+    # Lightning moves a module to its device after it has had it load its weights.
+    module = G4SegModule(str(sd1_folder))
+    running = SimpleNamespace(
+        predicting=True,
+        limit_predict_batches=1.0,
+        strategy=SimpleNamespace(root_device=torch.device(device)),
+    )
+    module._trainer = running  # type: ignore[assignment]
+    asked: list[torch.dtype] = []
+
+    def load(model: str, number_format: torch.dtype, *_: Any) -> Any:
+        asked.append(number_format)
+        raise ConfigurationError(model)
+
+    monkeypatch.setattr("g4seg_pl.module.load_generator", load)
+    with pytest.raises(ConfigurationError):
+        module.configure_model()
+    assert asked == [dtype]
+
+
+def test_the_refiner_gets_what_the_module_was_given(sd1_folder: Path) -> None:
+    given = {"seed": 7, "prompt_template": "{} there", "masks_per_pass": 3, "working_size": 48}
+    module = G4SegModule(str(sd1_folder), [Blur(sigma=1.0)], background=Threshold(0.3), **given)
+    module.configure_model()
+    refiner = module._refiner
+    assert refiner is not None
+    for made in (refiner, refiner.with_steps([Affinity()])):
+        assert {name: getattr(made, name) for name in given} == given
+        assert made.threshold == 0.3
+        assert made.generator is module.generator
+    assert refiner.steps == (Blur(sigma=1.0),)
+    assert refiner.with_steps([Affinity()]).steps == (Affinity(threshold=0.3),)
 
 
 @pytest.mark.parametrize(("power", "threshold"), [(1.0, 0.5), (2.0, (3 - 5**0.5) / 2)])

@@ -51,7 +51,7 @@ def mask_tools() -> ModuleType:
     try:
         mask = import_module("pycocotools.mask")
     except ImportError as error:
-        message = "COCO JSON needs pycocotools: pip install 'g4seg[coco]'"
+        message = "COCO JSON needs pycocotools: pip install 'g4seg-pl[coco]'"
         raise ConfigurationError(message) from error
     return mask
 
@@ -221,8 +221,13 @@ class CocoFile:
         raise bad_item(self._path, problem, "Give the folder of images")
 
     def masks(self, image_id: str) -> list[CocoMask]:
-        """The masks of an image, not decoded; BadItemError if there is none."""
+        """The masks of an image, not decoded; BadItemError if there is none.
+
+        An image that the file lists may have none where `ReadOptions.empty` keeps that.
+        """
         number = self._number(image_id)
+        if self._options.empty == "keep" and image_id in self._numbers:
+            return self._found(image_id)
         if number is None or number not in self._masks:
             problem = f"no mask for image {image_id}"
             raise bad_item(self._path, problem, "Leave the image out, or add its masks")
@@ -244,4 +249,5 @@ class CocoFile:
             pixels = decode(mask.segmentation, size, self._path) * np.float32(mask.score)
             maps[class_id] = np.maximum(maps.get(class_id, 0), pixels, dtype=np.float32)
         ids = tuple(sorted(maps))
-        return SeedMaps("coco", ids, np.stack([maps[class_id] for class_id in ids]))
+        none = np.zeros((0, *size), np.float32)
+        return SeedMaps("coco", ids, np.stack([maps[each] for each in ids]) if ids else none)

@@ -79,6 +79,8 @@ class ControlNetInjection:
             )
             raise ConfigurationError(message)
         place = {"revision": revision} if revision else {}
+        folder = Path(generator).expanduser()
+        generator = str(folder) if folder.is_dir() else generator
         unet = read_part(generator, "unet", UNet2DConditionModel.load_config, **place)
         _require_alike(self.model, config, unet)
 

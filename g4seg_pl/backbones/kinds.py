@@ -57,7 +57,7 @@ def check_model(model: str, revision: str | None = None, kinds: Sequence[Kind] =
             if part.startswith("tokenizer"):
                 _require_vocabulary(folder / part)
     if kind == "sdxl":
-        _check_additions(model, config, revision)
+        _check_additions(str(folder) if folder.is_dir() else model, config, revision)
     return kind
 
 

@@ -12,6 +12,7 @@ from diffusers import (
     DiffusionPipeline,
     UNet2DConditionModel,
 )
+from lightning.pytorch import LightningModule
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from g4seg_pl.backbones.kinds import KINDS, Kind, check_model, read_part
@@ -133,6 +134,12 @@ def load_components(
 def place_of(device: str | torch.device | None) -> torch.device:
     """Return the device named; of None a GPU if there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def place_to_run(module: LightningModule) -> torch.device:
+    """Where a module will run: while Lightning has it load its weights, it is still on the CPU."""
+    trainer = module._trainer
+    return module.device if trainer is None else trainer.strategy.root_device
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

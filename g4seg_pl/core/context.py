@@ -58,6 +58,7 @@ class RefinementContext:
     cache: ImageCache | None = None
     _lasting: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _artifacts: dict[str, Tensor] | None = field(default=None, init=False, repr=False)
+    _origin: "RefinementContext | None" = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse fields that contradict each other."""
@@ -86,6 +87,8 @@ class RefinementContext:
         Raises:
             ValueError: the context has no feature extractor.
         """
+        if self._origin is not None:
+            return self._origin.reference_features
         return self._of_images("reference_features", self.extract)
 
     def _of_images(self, name: str, network: Callable[[Tensor], Tensor]) -> Tensor:
@@ -177,6 +180,7 @@ class RefinementContext:
         """
         latents = self.latents if latents is None else latents
         other = copy.copy(self)
+        other._origin = self._origin or self
         other.__dict__["latents"] = latents
         if class_names is not None:
             other.class_names = class_names

@@ -130,8 +130,13 @@ class Gradient:
         """Return the masks after all iterations; may be called in inference mode."""
         with torch.inference_mode(mode=False), torch.no_grad():
             # A tensor made in inference mode can enter no gradient; its copy made here can.
-            seed = centre_threshold(foreground.clone(), self.threshold)
-            refined = self._descend(seed, context)
+            seed = foreground.clone()
+            bounds = None
+            if self.trust_region is not None:
+                reach = (seed - self.trust_region, seed + self.trust_region)
+                low, high = (centre_threshold(each.clamp(0, 1), self.threshold) for each in reach)
+                bounds = (low, high)
+            refined = self._descend(centre_threshold(seed, self.threshold), bounds, context)
             return restore_threshold(refined, self.threshold)
 
     def gradient(
@@ -180,7 +185,9 @@ class Gradient:
             return groups_per_class(context), rows_per_class(foreground, context, own_noise=own)
         return groups_per_image(context), rows_per_image(foreground, context)
 
-    def _descend(self, seed: Tensor, context: RefinementContext) -> Tensor:
+    def _descend(
+        self, seed: Tensor, bounds: tuple[Tensor, Tensor] | None, context: RefinementContext
+    ) -> Tensor:
         groups, rows = self.rows(seed, context)
         grid = (context.latents.shape[2], context.latents.shape[3])
         space, moments = self.space(groups, seed), AdamMoments()
@@ -195,7 +202,7 @@ class Gradient:
                 earlier = leaf, gradient
             moved = leaf - self.step_size * self._direction(gradient, moments)
             change = space.classes(space.masks(moved) - space.masks(leaf))
-            foreground = self._moved(foreground, groups.scatter(change), seed, context)
+            foreground = self._moved(foreground, groups.scatter(change), bounds, context)
         context.record("gradient", groups.scatter(space.classes(gradient)))
         return foreground
 
@@ -258,13 +265,17 @@ class Gradient:
         return normalised_direction(gradient, self.clip, centre=self.centre)
 
     def _moved(
-        self, foreground: Tensor, change: Tensor, seed: Tensor, context: RefinementContext
+        self,
+        foreground: Tensor,
+        change: Tensor,
+        bounds: tuple[Tensor, Tensor] | None,
+        context: RefinementContext,
     ) -> Tensor:
         """Return the masks after a change on the latent's grid, within the trust region."""
         images = context.images[context.owner.tolist()]
         how = self.upsampling
         fine = bring_up(change, images, how, self.edge_radius, self.edge_epsilon)
         moved = foreground + fine.to(foreground)
-        if self.trust_region is not None:
-            moved = moved.clamp(seed - self.trust_region, seed + self.trust_region)
+        if bounds is not None:
+            moved = moved.clamp(*bounds)
         return moved.clamp(0, 1)

@@ -81,7 +81,8 @@ def evaluate(
         resamples: bootstrap resamples of the images behind the standard error.
         threads: files read at a time.
     """
-    check_counts(1, resamples=resamples, threads=threads)
+    check_counts(1, threads=threads)
+    check_counts(2, resamples=resamples)  # of one there is no deviation
     _require_folder(pred, "pred")
     _require_folder(gt, "gt")
     labels = LabelFolder(pred, "pred")

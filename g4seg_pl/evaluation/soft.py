@@ -40,7 +40,8 @@ def threshold_counts(
     height = foreground.max(axis=0)[scored]
     winner = np.asarray(class_ids, np.int64)[foreground.argmax(axis=0)[scored]]
     rows = truth[scored].astype(np.int64)
-    passed = np.searchsorted(np.asarray(thresholds), height, side="left")
+    # In the maps' own precision, as labels are composed: 51/255 is no more than 0.2 there.
+    passed = np.searchsorted(np.asarray(thresholds, height.dtype), height, side="left")
     levels = len(thresholds)
     cells = (passed * num_classes + rows) * num_classes + winner
     histogram = np.bincount(cells, minlength=(levels + 1) * num_classes**2)

@@ -61,10 +61,11 @@ class TransformersClipFeatures(DenseFeatures):
             return
         from transformers import CLIPVisionModelWithProjection
 
+        folder = Path(self.model).expanduser()
         try:
             with torch.device("cpu"):  # whatever Lightning's context says, see `read_part`
                 network = CLIPVisionModelWithProjection.from_pretrained(
-                    self.model, dtype=torch.float32
+                    str(folder) if folder.is_dir() else self.model, dtype=torch.float32
                 )
         except (OSError, ValueError) as error:
             message = f"features: transformers cannot load {self.model} as CLIP: {error}"

@@ -80,8 +80,8 @@ def make_lab(options: argparse.Namespace) -> Lab:
     Raises:
         ConfigurationError: nothing is to be measured.
     """
-    counts = {"noise_seeds": options.noise_seeds, "resamples": options.resamples}
-    check_counts(1, images=options.images, **counts)
+    check_counts(1, images=options.images, noise_seeds=options.noise_seeds)
+    check_counts(2, resamples=options.resamples)
     return Lab(
         Models(options.generator, options.clip),
         Store(options.store),

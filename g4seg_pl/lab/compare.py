@@ -152,7 +152,8 @@ def compare(
     Returns:
         the exit status: 1 if images had to be left out.
     """
-    check_counts(1, images=images, noise_seeds=noise_seeds, resamples=resamples)
+    check_counts(1, images=images, noise_seeds=noise_seeds)
+    check_counts(2, resamples=resamples)
     models = Models(model or GENERATOR, clip)
     lab = Lab(models, Store(store), chosen_file=chosen, images=images, first=first, quiet=False)
     names = [name for name in ways.split(",") if name and name != "seed"]

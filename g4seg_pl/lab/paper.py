@@ -60,9 +60,8 @@ def paper(
     Returns:
         0, the exit status.
     """
-    check_counts(
-        1, images=1 if images is None else images, noise_seeds=noise_seeds, resamples=resamples
-    )
+    check_counts(1, images=1 if images is None else images, noise_seeds=noise_seeds)
+    check_counts(2, resamples=resamples)
     options = Options(
         table,
         world,

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from g4seg_pl.backbones.kinds import check_model
-from g4seg_pl.backbones.loading import resolve_dtype
+from g4seg_pl.backbones.loading import place_to_run, resolve_dtype
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.core.background import PowerBackground, Threshold
 from g4seg_pl.core.diffusion import add_noise, seeded_noise
@@ -118,7 +118,7 @@ class DiffSegmenter(SeedMaker):
     def configure_model(self) -> None:
         """Load the model, once."""
         if self._needs_loading(self.generator):
-            dtype = resolve_dtype(self.number_format, self.device)
+            dtype = resolve_dtype(self.number_format, place_to_run(self))
             self.generator = StableDiffusion.from_pretrained(
                 self.model, dtype, self.variant, self.revision
             )

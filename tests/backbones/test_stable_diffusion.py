@@ -249,7 +249,7 @@ def test_tokens_of_a_name_are_found(
 WORDS = st.sampled_from(["dog", "cat", "zebra", "disc", "potted", "plant", "emu", "x"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(before=st.lists(WORDS, max_size=4), name=st.lists(WORDS, min_size=1, max_size=3))
 def test_marked_tokens_spell_the_name(sd1_folder: Path, before: list[str], name: list[str]) -> None:
     generator = _cached_generator(str(sd1_folder))

@@ -232,7 +232,7 @@ def test_layers_are_chosen_by_level_and_name(scene: SceneMaker, soft_masks: Tens
         Affinity(layer_weights={"nowhere": 1.0})(soft_masks, context)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.floats(0, 1, width=32), min_size=6, max_size=6),
     st.lists(st.floats(0, 1, width=32), min_size=6, max_size=6),
@@ -247,7 +247,7 @@ def test_rescaled_masks_lie_in_range(
     assert found.max() <= 1
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 20), st.integers(0, 1000))
 def test_the_area_above_the_threshold_is_kept(kept: int, seed: int) -> None:
     numbers = torch.Generator().manual_seed(seed)

@@ -20,6 +20,7 @@ from g4seg_pl.core.generation import Rows, rows_per_class
 from g4seg_pl.core.gradient import Gradient
 from g4seg_pl.core.loss import DenoisingLoss
 from g4seg_pl.core.refine import RefinementState, refine
+from g4seg_pl.core.threshold import centre_threshold, restore_threshold
 
 SceneMaker = Callable[..., RefinementContext]
 
@@ -240,9 +241,19 @@ def test_the_loss_falls(scene: SceneMaker, soft_masks: Tensor) -> None:
         assert (after < before).all()
 
 
-def test_the_trust_region_holds(scene: SceneMaker, soft_masks: Tensor) -> None:
-    refined = Gradient(step_size=0.3, trust_region=0.05)(soft_masks, scene())
-    assert (refined - soft_masks).abs().max() <= 0.05 + 1e-6
+@pytest.mark.parametrize("threshold", [0.5, 0.2])
+def test_the_trust_region_holds(scene: SceneMaker, soft_masks: Tensor, threshold: float) -> None:
+    step = Gradient(step_size=0.3, trust_region=0.05, threshold=threshold)
+    change = (step(soft_masks, scene()) - soft_masks).abs()
+    assert change.max() == pytest.approx(0.05, abs=1e-5)
+
+
+def test_a_threshold_is_where_one_half_would_be(scene: SceneMaker, soft_masks: Tensor) -> None:
+    step = Gradient(step_size=0.1)
+    told = replace(step, threshold=0.3)(soft_masks, scene())
+    centred = step(centre_threshold(soft_masks, 0.3), scene())
+    torch.testing.assert_close(told, restore_threshold(centred, 0.3))
+    assert not torch.allclose(told, step(soft_masks, scene()), atol=1e-3)
 
 
 def test_the_same_noise_at_every_step_if_asked_for(scene: SceneMaker, soft_masks: Tensor) -> None:
@@ -295,7 +306,7 @@ def test_adam_is_pytorchs() -> None:
     torch.testing.assert_close(own, variable.detach())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(-6, 6), st.floats(1e-3, 1e3), st.integers(0, 100))
 def test_direction_ignores_shift_and_scale(shift: float, scale: float, seed: int) -> None:
     gradient = torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(seed)).double()

@@ -69,7 +69,7 @@ def test_masks_are_mixed_with_word_maps(scene: SceneMaker, combine: Any, thresho
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(mixing=st.floats(0, 1), threshold=st.floats(0.05, 0.95), seed=st.integers(0, 9))
 def test_where_mask_and_word_agree_the_label_stays(
     counted: StableDiffusion, mixing: float, threshold: float, seed: int

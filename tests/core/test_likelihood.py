@@ -87,7 +87,7 @@ def test_differences_are_paired() -> None:
     assert PairedLosses(common[..., :1]).standard_error().isnan().all()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 1000), st.permutations(range(4)), st.sampled_from([0.0, 1.0, 3.0]))
 def test_choice_follows_masks_and_is_never_worse(
     seed: int, order: Sequence[int], margin: float
@@ -202,6 +202,20 @@ def test_confidence_is_one_where_draws_agree(scene: SceneMaker, soft_masks: Tens
     assert context.kept["confidence"].min() < 0.95
     zero, one = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
     assert not confidence([zero, one]).any()
+
+
+def test_draws_share_what_depends_on_the_image_alone(scene: SceneMaker, soft_masks: Tensor) -> None:
+    context, seen = scene(), []
+    patches = context.features
+
+    def counted(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return patches(images)
+
+    context.features = counted
+    Averaged([Correspondence()], draws=3)(soft_masks, context)
+    # F(x0) of two images once, F of four generated ones three times.
+    assert sum(seen) == 2 + 3 * 4
 
 
 def test_averaged_draws_other_noise_each_time(scene: SceneMaker, soft_masks: Tensor) -> None:

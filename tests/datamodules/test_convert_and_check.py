@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from datamodules import VOCDataModule
+from datamodules import FolderDataModule, VOCDataModule
 from datamodules.check import check, inspect
 from datamodules.convert import HARD, SourceDialect, TargetDialect, convert, main
 from datamodules.seed_files import ReadOptions, detect, read_seed
@@ -128,6 +128,29 @@ def test_coco_json_goes_there_and_back(tmp_path: Path) -> None:
     for name, label in labels.items():
         with Image.open(tmp_path / "back" / f"{name}.png") as image:
             np.testing.assert_array_equal(np.array(image), label)
+
+
+def test_coco_images_in_which_nothing_was_found_are_kept_on_request(
+    tmp_path: Path, save_image: Maker
+) -> None:
+    pytest.importorskip("pycocotools", reason="extra: coco")
+    file = tmp_path / "seeds.json"
+    sizes = {"height": SIZE[0], "width": SIZE[1]}
+    images = [{"id": number, "file_name": f"{number}.jpg", **sizes} for number in (1, 2)]
+    runs = {"size": [*SIZE], "counts": [0, SIZE[0] * SIZE[1]]}
+    masks = [{"image_id": 1, "category_id": 3, "segmentation": runs}]
+    named = [{"id": 3, "name": "bird"}]
+    file.write_text(json.dumps({"images": images, "annotations": masks, "categories": named}))
+    for number in (1, 2):
+        save_image(tmp_path / "images" / f"{number}.jpg")
+
+    def unusable(options: ReadOptions | None) -> list[str]:
+        place = {"class_names": "voc", "seed_options": options, "num_workers": 0}
+        data = FolderDataModule(tmp_path / "images", file, **place)
+        return list(inspect(data, full=True).complaints)
+
+    assert unusable(None) == ["2"]
+    assert unusable(ReadOptions(empty="keep")) == []
 
 
 def test_coco_keeps_its_own_numbers(tmp_path: Path, save_image: Maker) -> None:

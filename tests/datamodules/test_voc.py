@@ -10,8 +10,10 @@ from data_reading import ids, module, read_all, seeds_of
 from datamodules import (
     VOCDataModule,
 )
+from datamodules.classes import read_class_list
 from datamodules.items import parse_line
-from g4seg_pl.types import FailedSample, Sample
+from datamodules.labels import FileLabels
+from g4seg_pl.types import BadItemError, FailedSample, Sample
 
 
 def test_a_sample(voc: Path) -> None:
@@ -146,6 +148,16 @@ def test_labels_from_a_file(kind: str, voc: Path, tmp_path: Path) -> None:
     for sample in read_all(module(voc, labels=str(path))):
         assert isinstance(sample, Sample)
         assert sample.seed.class_ids == (15,)
+
+
+def test_only_coco_names_are_looked_up_by_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("1 3\n000000000009 14\n")
+    labels = FileLabels(path, read_class_list("voc"))
+    assert labels.read("1") == labels.read("COCO_train2014_000000000001") == (4,)
+    for other in ("train_1", "a1", "2007_1"):
+        with pytest.raises(BadItemError, match=f"no labels for image {other}"):
+            labels.read(other)
 
 
 def test_labels_without_seeds_give_empty_maps(voc: Path) -> None:

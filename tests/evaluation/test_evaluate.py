@@ -73,10 +73,10 @@ def test_split_list_may_hold_paths(tmp_path: Path, capsys: pytest.CaptureFixture
         evaluate(folder, folder, 3, split_list=lines)
 
 
-@pytest.mark.parametrize("option", ["threads", "resamples"])
-def test_nothing_at_all_is_refused(tmp_path: Path, option: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"{option} is 0: give 1 or more"):
-        evaluate(tmp_path, tmp_path, 3, **{option: 0})
+@pytest.mark.parametrize(("option", "least"), [("threads", 1), ("resamples", 2)])
+def test_too_few_are_refused(tmp_path: Path, option: str, least: int) -> None:
+    with pytest.raises(ConfigurationError, match=f"{option} is {least - 1}: give {least} or more"):
+        evaluate(tmp_path, tmp_path, 3, **{option: least - 1})
 
 
 def test_what_changed_the_masks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,17 @@ def test_every_threshold_is_that_of_the_label_map() -> None:
         np.testing.assert_array_equal(found, confusion_matrix(label, truth, 5))
 
 
+def test_a_score_on_the_threshold_is_background_as_in_the_label_map() -> None:
+    # 51/255 is a little more than 0.2 in single precision, and no more than 0.2 there.
+    maps = (np.arange(256, dtype=np.float32) / np.float32(255)).reshape(1, 16, 16)
+    truth = np.full((16, 16), 2, np.uint8)
+    thresholds = [0.2, 0.4, 0.6, 0.8]
+    counts = threshold_counts(maps, (2,), truth, 3, thresholds)
+    for threshold, found in zip(thresholds, counts, strict=True):
+        label = compose_label(torch.from_numpy(maps), (2,), Threshold(threshold)).numpy()
+        np.testing.assert_array_equal(found, confusion_matrix(label, truth, 3))
+
+
 def test_calibration_error_is_that_of_a_loop_over_bins() -> None:
     maps, truth = soft_image(1)
     valid = truth != 255

@@ -15,7 +15,7 @@ from g4seg_pl.world.text import CONTEXT_LENGTH, write_tokenizer
 
 
 @given(st.integers(0, 30_000_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_scene_is_a_function_of_its_seed(seed: int) -> None:
     first, second = draw_scene(seed), draw_scene(seed)
     assert np.array_equal(first.image, second.image)
