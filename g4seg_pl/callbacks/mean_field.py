@@ -57,7 +57,8 @@ def preset(name: Preset) -> CRFSettings:
     Args:
         name: ``clip_es`` (also WeakTr's online COCO run), ``more`` (MoRe's pseudo-labels: the
             same numbers), ``irn``, ``seam`` (also PSA and the usual pydensecrf default),
-            ``weaktr`` (also MCTformer), ``weaktr_online``, ``toco``, ``toco_seg`` (its
+            ``weaktr`` (MCTformer's, with its softmax; WeakTr itself has the same numbers on
+            labels, ``unary="labels"`` at 0.7), ``weaktr_online``, ``toco``, ``toco_seg`` (its
             segmentation evaluation), ``afa``.
 
     Returns:

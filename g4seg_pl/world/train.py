@@ -154,8 +154,8 @@ def train_decoder(options: argparse.Namespace) -> None:
         load_teacher(options.out),
         learning_rate=4e-4,
         steps=steps,
-        perceptual_weight=2.0,
-        verdict_weight=60.0,
+        perceptual_weight=1.0,
+        verdict_weight=20.0,
         decoder_only=True,
     )
     published = AutoencoderKL.from_pretrained(GENERATOR, subfolder="vae")

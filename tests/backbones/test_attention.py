@@ -63,6 +63,50 @@ def test_each_kind_of_injection_alone_changes_the_output(
     assert (changed - call(unet, 16, 16)).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("kind", ["attn1", "attn2"])
+@pytest.mark.parametrize("rule", ["eq5", "dense_diffusion"])
+def test_layer_of_each_kind_is_the_explicit_formula_at_its_own_strength(
+    unet: UNet2DConditionModel, rule: str, kind: str
+) -> None:
+    cross = kind == "attn2"
+    layer = next(layer for name, layer in attention_layers(unet) if name.endswith(kind))
+    generator = torch.Generator().manual_seed(1)
+    tokens = 3 * torch.randn(2, 10 * 22, layer.query_dim, generator=generator)
+    text = torch.randn(2, 77, layer.cross_attention_dim, generator=generator) if cross else None
+    processor = processor_of(2.0, 10, 22, rule=rule, dense_strengths=(0.9, 0.2))
+    rows = (processor.injection.foreground.flatten(2)[:, 0] >= 0.5).float()
+    columns = processor.injection.tokens[:, 0] if cross else rows
+
+    def by_hand(strength: float) -> Tensor:
+        source = tokens if text is None else text
+        query, key, value = (
+            to(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+            for to, x in ((layer.to_q, tokens), (layer.to_k, source), (layer.to_v, source))
+        )
+        logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        pairs = (rows[:, :, None] * columns[:, None, :])[:, None]
+        if rule == "eq5":
+            logits = logits + 2.0 * pairs / query.shape[-1] ** 0.5
+        else:
+            smaller = 1 - (rows * rows.mean(1, keepdim=True))[:, None, :, None]
+            up = pairs * (logits.amax(-1, keepdim=True) - logits)
+            down = (1 - pairs) * (logits - logits.amin(-1, keepdim=True))
+            logits = logits + 2.0 * strength * smaller * (up - down)
+        mixed = logits.softmax(-1) @ value
+        return layer.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+    with torch.no_grad():
+        found = processor(layer, tokens, text)
+        own, other = (0.9, 0.2) if cross else (0.2, 0.9)
+        torch.testing.assert_close(found, by_hand(own), rtol=0, atol=1e-5)
+        # The two kinds' strengths are far enough apart to be told from each other.
+        assert rule == "eq5" or (found - by_hand(other)).abs().max() > 1e-3
+
+
+def test_default_strengths_of_dense_diffusion_are_the_published_ones() -> None:
+    assert processor_of(1.0, 16, 16).injection.dense_strengths == (1.0, 0.3)
+
+
 def test_processors_are_restored_even_after_an_error(unet: UNet2DConditionModel) -> None:
     layers = attention_layers(unet)
     plain = AttnProcessor()

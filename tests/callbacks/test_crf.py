@@ -1,19 +1,35 @@
 """Dense CRF: presets as published, invariances, and the callback's effect on a mask."""
 
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
-from g4seg_pl.callbacks.crf import CRFSettings, DenseCRF, dense_crf, preset, sharpen
-from g4seg_pl.core.background import Threshold
+from g4seg_pl.callbacks.crf import CRFSettings, DenseCRF, Preset, dense_crf, preset, sharpen
+from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
 from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask, Sample, Seed
 
 pytest.importorskip("pydensecrf")
 
 SMALL = CRFSettings().scaled(0.1)
+
+# As the projects' code has them: width and weight of the smoothness kernel; width in pixels, width
+# in colour and weight of the appearance kernel; the unary.
+PUBLISHED: dict[str, tuple[float, float, float, float, float, str]] = {
+    "clip_es": (1, 3, 67, 3, 4, "softmax"),
+    "more": (1, 3, 67, 3, 4, "softmax"),
+    "irn": (3, 3, 50, 5, 10, "labels"),
+    "seam": (3, 3, 80, 13, 10, "softmax"),
+    "weaktr": (4, 3, 83, 5, 3, "softmax"),  # the unary is MCTformer's
+    "weaktr_online": (3, 3, 83, 5, 3, "softmax"),
+    "toco": (3, 3, 36, 3, 4, "softmax"),
+    "toco_seg": (1, 1, 121, 5, 4, "softmax"),
+    "afa": (3, 3, 64, 5, 4, "softmax"),
+}
 
 
 def two_halves() -> tuple[np.ndarray, np.ndarray]:
@@ -28,6 +44,67 @@ def two_halves() -> tuple[np.ndarray, np.ndarray]:
 def test_clip_es_preset_is_that_of_its_code() -> None:
     assert preset("clip_es") == CRFSettings(1, 3, 67, 3, 4, iterations=10)
     assert preset("irn").unary == "labels"
+
+
+@pytest.mark.parametrize("name", get_args(Preset))
+def test_preset_has_the_numbers_its_project_has(name: Preset) -> None:
+    found = preset(name)
+    kernels = (found.gaussian_width, found.gaussian_weight, found.bilateral_width)
+    appearance = (found.bilateral_colour, found.bilateral_weight)
+    assert (*kernels, *appearance, found.unary) == PUBLISHED[name]
+    assert found.iterations == 10
+    assert found.unary == "softmax" or found.label_confidence == 0.7
+
+
+def test_every_setting_reaches_the_field_in_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pydensecrf.densecrf
+
+    field = MagicMock()
+    field.inference.return_value = np.zeros((2, 24 * 32))
+    image, probabilities = two_halves()
+    monkeypatch.setattr(pydensecrf.densecrf, "DenseCRF2D", MagicMock(return_value=field))
+    dense_crf(image, probabilities, CRFSettings(1.5, 2.5, 33, 7, 5, iterations=3))
+    appearance = dict(field.addPairwiseBilateral.call_args.kwargs)
+    np.testing.assert_array_equal(appearance.pop("rgbim"), image)
+    assert appearance == {"sxy": 33, "srgb": 7, "compat": 5}
+    field.addPairwiseGaussian.assert_called_once_with(sxy=1.5, compat=2.5)
+    field.inference.assert_called_once_with(3)
+
+
+def test_colour_width_is_in_units_of_colour() -> None:
+    """A picture twice as bright, seen at twice the colour width, is the same picture."""
+    image, probabilities = two_halves()
+    image //= 50  # 0 and 4: about as far apart as the width, so that it matters
+    once = replace(SMALL, iterations=1)
+    wider = replace(once, bilateral_colour=2 * once.bilateral_colour)
+    found = dense_crf(image, probabilities, once)
+    np.testing.assert_allclose(dense_crf(2 * image, probabilities, wider), found, atol=1e-4)
+    assert np.abs(dense_crf(2 * image, probabilities, once) - found).max() > 0.01
+
+
+def test_labels_are_right_with_the_confidence_given() -> None:
+    """Nothing smoothed, the winner of three has 0.7 and the others share the rest."""
+    rng = np.random.default_rng(1)
+    image, probabilities = two_halves()[0], rng.random((3, 24, 32))
+    alone = replace(preset("irn"), gaussian_weight=0, bilateral_weight=0)
+    for confidence in (0.7, 0.9):
+        found = dense_crf(image, probabilities, replace(alone, label_confidence=confidence))
+        won = np.arange(3)[:, None, None] == probabilities.argmax(0)
+        expected = np.where(won, confidence, (1 - confidence) / 2)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert preset("irn").label_confidence == 0.7
+
+
+def test_preset_that_takes_labels_sees_only_who_wins() -> None:
+    image, probabilities = two_halves()
+    surer = np.where(probabilities > 0.5, 0.99, 0.01)
+    settings = preset("irn").scaled(0.1)
+    found = dense_crf(image, probabilities, settings)
+    np.testing.assert_array_equal(found.argmax(0), (image[..., 0] > 0).astype(int))
+    np.testing.assert_array_equal(dense_crf(image, surer, settings), found)
+    # Not so where probabilities themselves are taken.
+    soft = replace(settings, unary="softmax", bilateral_weight=0, gaussian_weight=0)
+    assert np.abs(dense_crf(image, surer, soft) - dense_crf(image, probabilities, soft)).max() > 0.1
 
 
 def test_more_uses_the_numbers_of_clip_es() -> None:
@@ -94,6 +171,22 @@ def batch_of(count: int) -> tuple[list[Any], list[Any]]:
         masks.append(RefinedMask(str(index), (7,), maps, torch.zeros(24, 32, dtype=torch.uint8)))
     items[1] = masks[1] = FailedSample("1", "unreadable")
     return items, masks
+
+
+@pytest.mark.parametrize("hook", ["on_predict_batch_end", "on_test_batch_end"])
+@pytest.mark.parametrize("rule", [Threshold(0.2), Threshold(0.8), PowerBackground(3)])
+def test_background_competes_by_the_rule_of_the_run(rule: BackgroundRule, hook: str) -> None:
+    """Nothing smoothed, a marginal is the class's share of its own and the background's score."""
+    items, masks = batch_of(3)
+    before = masks[0].foreground
+    callback = DenseCRF(settings=CRFSettings(gaussian_weight=0, bilateral_weight=0))
+    outputs = masks if hook == "on_predict_batch_end" else {"outcomes": masks}
+    getattr(callback, hook)(None, SimpleNamespace(background=rule), outputs, items)
+    left = rule.value if isinstance(rule, Threshold) else (1 - before) ** 3
+    torch.testing.assert_close(masks[0].foreground, before / (before + left), rtol=0, atol=1e-4)
+    assert torch.equal(masks[0].label == 7, (before > left)[0])
+    # The rule decides somewhere: 0.5 would have labelled other pixels.
+    assert not torch.equal(masks[0].label == 7, (before > 0.5)[0])
 
 
 def test_processes_give_what_the_main_process_gives() -> None:

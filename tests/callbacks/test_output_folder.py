@@ -1,14 +1,18 @@
 """Files of a run: palette, atomic writing, soft formats, records and the run record."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from g4seg_pl.callbacks.output_folder import OutputFolder, summarise
+from g4seg_pl.callbacks.output_folder import OutputFolder, SoftFormat, summarise
 from g4seg_pl.callbacks.palette import voc_palette
 from g4seg_pl.callbacks.records import RecordFile, read_records
 from g4seg_pl.callbacks.run_record import describe, differing_keys
@@ -20,6 +24,22 @@ def refined(image_id: str = "a.b") -> RefinedMask:
     """A mask of two classes."""
     label = torch.tensor([[0, 2, 5], [255, 2, 0]], dtype=torch.uint8)
     return RefinedMask(image_id, (2, 5), torch.rand(2, 2, 3), label)
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """A disk on which every file breaks off after ``size`` bytes, however it is written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def files_below(folder: Path) -> set[str]:
+    """The names of all files, wherever they lie."""
+    return {path.name for path in folder.rglob("*") if path.is_file()}
 
 
 def test_palette_begins_as_voc_publishes_it() -> None:
@@ -85,6 +105,58 @@ def test_half_a_file_does_not_count_as_finished(tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / ".a.png.tmp").write_bytes(b"half")
     assert OutputFolder(tmp_path).finished() == set()
+
+
+@pytest.mark.parametrize("soft", ["none", "npz", "irn"])
+def test_write_that_breaks_off_leaves_no_file_under_its_name(
+    tmp_path: Path, soft: SoftFormat
+) -> None:
+    folder = OutputFolder(tmp_path, soft)
+    with room_for(20), pytest.raises(OSError, match="too large"):
+        folder.save(refined())
+    # Some of it did reach the disk: only the name keeps it from passing for the whole.
+    assert [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()] == [20]
+    whole = {"a.b.png"} if soft == "none" else {"a.b.png", f"a.b.{folder.soft_suffix}"}
+    assert not whole & files_below(tmp_path)
+    assert folder.finished() == set()
+    # The next run writes over what was left.
+    folder.save(refined())
+    assert files_below(tmp_path) == whole
+    with Image.open(folder.mask_path("a.b")) as image:
+        np.testing.assert_array_equal(np.asarray(image), refined().label)
+
+
+def test_write_that_breaks_off_spares_the_file_of_before(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path)
+    folder.save(refined())
+    before = folder.mask_path("a.b").read_bytes()
+    with room_for(20), pytest.raises(OSError, match="too large"):
+        folder.save(replace(refined(), label=torch.zeros(2, 3, dtype=torch.uint8)))
+    assert folder.mask_path("a.b").read_bytes() == before
+
+
+@pytest.mark.parametrize("soft", [name for name in get_args(SoftFormat) if name != "none"])
+def test_image_whose_soft_maps_cannot_be_written_is_not_finished(
+    tmp_path: Path, soft: SoftFormat
+) -> None:
+    """The label file marks an image as finished, so it comes after all else."""
+    folder = OutputFolder(tmp_path, soft)
+    (tmp_path / "soft").write_bytes(b"a file where the folder should be")
+    with pytest.raises(OSError, match="soft"):
+        folder.save(refined())
+    assert folder.finished() == set()
+    # A tar's members keep this order too.
+    assert list(folder.contents(refined())) == [folder.soft_suffix, "png"]
+
+
+def test_image_half_forgotten_is_not_finished(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path, "npz")
+    folder.save(refined())
+    folder.soft_path("a.b").unlink()
+    folder.soft_path("a.b").mkdir()  # cannot be removed as a file
+    with pytest.raises(OSError, match="soft"):
+        folder.forget(["a.b"])
+    assert folder.finished() == set()
 
 
 def test_summary_takes_the_last_record_of_each_image(tmp_path: Path) -> None:

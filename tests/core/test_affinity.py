@@ -14,6 +14,7 @@ from torch.nn import functional
 from g4seg_pl.core import propagation
 from g4seg_pl.core.affinity import Affinity, rescale
 from g4seg_pl.core.context import RefinementContext
+from g4seg_pl.core.guided import bring_up
 from g4seg_pl.core.propagation import AffinityMatrix, gaussian_record, more_heads
 from g4seg_pl.core.protocols import AttentionRecord
 from g4seg_pl.core.refine import refine
@@ -159,6 +160,116 @@ def test_identity_affinity_returns_the_seed(
     constant = torch.full_like(soft_masks, 0.4)
     found = Affinity(**options)(constant, context)
     torch.testing.assert_close(found, constant, rtol=0, atol=1e-6)
+
+
+def _as_attention(
+    records: list[AttentionRecord], context: RefinementContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let the generator's self-attention be known."""
+    monkeypatch.setattr(context.generator, "self_attention", lambda *_: records)
+
+
+def _moved(masks: Tensor, context: RefinementContext, matrix: np.ndarray, times: int) -> Tensor:
+    """Return the masks after times products with their image's explicit matrix, on its grid."""
+    side = round(matrix.shape[-1] ** 0.5)
+    coarse = functional.adaptive_avg_pool2d(masks, (side, side)).flatten(1)
+    power = torch.from_numpy(np.linalg.matrix_power(matrix, times)).float()[context.owner]
+    return (power @ coarse[..., None])[..., 0]
+
+
+def _brought_up(
+    flat: Tensor, context: RefinementContext, how: Any = "bilinear", *edges: float
+) -> Tensor:
+    side = round(flat.shape[1] ** 0.5)
+    radius, epsilon = edges or (1, 1.0)
+    images = context.images[context.owner]
+    return bring_up(flat.view(-1, side, side), images, how, int(radius), epsilon)
+
+
+@pytest.mark.parametrize("form", ["heads", "average"])
+@pytest.mark.parametrize(("normalisation", "rounds"), [("row", 0), ("sinkhorn", 3)])
+def test_a_step_multiplies_by_the_matrix_its_fields_describe(
+    form: Any,
+    normalisation: Any,
+    rounds: int,
+    scene: SceneMaker,
+    soft_masks: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context, records = scene(), [_record(0, side=8), _record(1, side=8)]
+    _as_attention(records, context, monkeypatch)
+    step = Affinity(
+        form=form,
+        power=3.0,
+        products=2,
+        normalisation=normalisation,
+        sinkhorn_iterations=3,
+        norm="none",
+        layer_weights={"layer0": 2.0, "layer1": 1.0},
+    )
+    matrix = _explicit(records, [2.0, 1.0], form, 3.0, rounds)
+    expected = _brought_up(_moved(soft_masks, context, matrix, 2), context)
+    torch.testing.assert_close(step(soft_masks, context), expected, rtol=0, atol=1e-5)
+
+
+def test_levels_count_by_their_weights_the_finest_first(
+    scene: SceneMaker, soft_masks: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, records = scene(), [_record(0, side=4), _record(1, side=8)]
+    _as_attention(records, context, monkeypatch)
+    step = Affinity(level_weights=(3.0, 1.0), power=1.0, norm="none")
+    coarse, fine = (
+        _brought_up(_moved(soft_masks, context, _explicit([r], [1.0], "heads", 1.0, 0), 1), context)
+        for r in records
+    )
+    expected = 0.75 * fine + 0.25 * coarse
+    torch.testing.assert_close(step(soft_masks, context), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["max", "range"])
+@pytest.mark.parametrize("upsampling", ["bilinear", "guided", "joint_bilateral"])
+def test_a_mask_gets_its_range_back_and_comes_up_as_asked(
+    norm: Any,
+    upsampling: Any,
+    scene: SceneMaker,
+    soft_masks: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context, records = scene(), [_record(side=8)]
+    _as_attention(records, context, monkeypatch)
+    options = {"upsampling": upsampling, "edge_radius": 3, "edge_epsilon": 0.01}
+    found = Affinity(power=1.0, norm=norm, peak=0.8, **options)(soft_masks, context)
+    moved = _moved(soft_masks, context, _explicit(records, [1.0], "heads", 1.0, 0), 1)
+    top = moved.quantile(0.8, dim=1, keepdim=True, interpolation="nearest")
+    low = moved.amin(1, keepdim=True) if norm == "range" else 0.0
+    scaled = ((moved - low) / (top - low)).clamp(0, 1)
+    expected = _brought_up(scaled, context, upsampling, 3, 0.01).clamp(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("empty", ("", "")),
+        ("classes", ("A photo of dog and cat and zebra disc", "A photo of potted plant")),
+    ],
+)
+def test_the_unet_is_told_nothing_or_the_images_classes(
+    prompt: Any,
+    told: tuple[str, ...],
+    scene: SceneMaker,
+    soft_masks: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context, seen = scene(), []
+
+    def self_attention(noisy: Tensor, timestep: int, embeddings: Tensor) -> list[AttentionRecord]:
+        seen.append(embeddings)
+        return [_identity(8, len(noisy))]
+
+    monkeypatch.setattr(context.generator, "self_attention", self_attention)
+    Affinity(prompt=prompt)(soft_masks, context)
+    assert torch.equal(seen[0], context.embed(told))
 
 
 def test_mixing_zero_returns_the_seed(scene: SceneMaker, soft_masks: Tensor) -> None:

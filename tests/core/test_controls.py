@@ -76,6 +76,37 @@ def test_colour_affinity_joins_equal_colours(scene: SceneMaker) -> None:
     assert found[:, :, 34:].max() < 0.01
 
 
+def _applied(matrix: Tensor, masks: Tensor, context: RefinementContext) -> Tensor:
+    """Return the masks after one product with their image's matrix over an 8 x 8 grid."""
+    coarse = functional.adaptive_avg_pool2d(masks, (8, 8)).flatten(1)
+    moved = (matrix[context.owner] @ coarse[..., None]).view(-1, 1, 8, 8)
+    return functional.interpolate(moved, (64, 64), mode="bilinear")[:, 0]
+
+
+def test_colour_affinity_is_a_gaussian_of_colour_and_place(
+    scene: SceneMaker, soft_masks: Tensor
+) -> None:
+    context = scene()
+    colours = functional.adaptive_avg_pool2d((context.images + 1) / 2, (8, 8)).flatten(2).mT
+    places = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)) / 8
+    exponent = torch.cdist(colours, colours).square() / (2 * 0.05**2)
+    exponent = exponent + torch.cdist(places, places).square() / (2 * 0.2**2)
+    expected = _applied((-exponent).softmax(-1), soft_masks, context)
+    step = ColourAffinity(size=8, sigma_colour=0.05, sigma_position=0.2, norm="none")
+    torch.testing.assert_close(step(soft_masks, context), expected, rtol=0, atol=1e-4)
+
+
+def test_feature_affinity_is_a_softmax_of_cosines_over_the_temperature(
+    scene: SceneMaker, soft_masks: Tensor
+) -> None:
+    context = scene()
+    features = functional.normalize(context.features(context.images), dim=1).flatten(2)
+    matrix = (features.mT @ features / 0.3).softmax(-1)
+    step = FeatureAffinity(temperature=0.3, norm="none")
+    expected = _applied(matrix, soft_masks, context)
+    torch.testing.assert_close(step(soft_masks, context), expected, rtol=0, atol=1e-4)
+
+
 def _plain_walk(
     mask: np.ndarray, edges: np.ndarray, radius: int, beta: float, steps: int
 ) -> np.ndarray:
@@ -110,6 +141,22 @@ def test_random_walk_is_a_power_of_its_matrix(radius: int) -> None:
     for index in range(2):
         expected = _plain_walk(masks[index].numpy(), edges[index].numpy(), radius, 4.0, 5)
         np.testing.assert_allclose(found[index].numpy(), expected, atol=1e-12)
+
+
+def test_a_walk_takes_two_to_the_doublings_steps_over_scaled_edges(
+    scene: SceneMaker, soft_masks: Tensor
+) -> None:
+    context, mask = scene((3,)), soft_masks[3:]
+    image = functional.interpolate((context.images + 1) / 2, (12, 12), mode="bilinear")[0].numpy()
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    across = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
+    down = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
+    edges = 1 - np.exp(-np.sqrt((across**2 + down**2).sum(0)) / 0.7)
+    coarse = functional.adaptive_avg_pool2d(mask, (12, 12))[0].numpy()
+    walked = torch.from_numpy(_plain_walk(coarse, edges, 2, 4.0, 8)).float()
+    expected = functional.interpolate(walked[None, None], (64, 64), mode="bilinear")[:, 0]
+    step = RandomWalk(size=12, radius=2, beta=4.0, doublings=3, edge_scale=0.7, norm="none")
+    torch.testing.assert_close(step(mask, context), expected, rtol=0, atol=1e-5)
 
 
 def test_a_walk_does_not_cross_an_edge() -> None:
@@ -171,6 +218,28 @@ def test_an_edge_filter_keeps_a_mask_that_follows_the_edges(scene: SceneMaker) -
     for kind in ("guided", "joint_bilateral"):
         found = EdgeFilter(kind=kind, radius=4)(truth, context)
         torch.testing.assert_close(found, truth, rtol=0, atol=0.02)
+
+
+def test_a_joint_bilateral_filter_weighs_distance_and_squared_contrast(
+    scene: SceneMaker, soft_masks: Tensor
+) -> None:
+    context, radius, epsilon = scene((3,)), 2, 0.2
+
+    def windows(maps: Tensor) -> Tensor:
+        found = functional.unfold(maps, 2 * radius + 1, padding=radius)
+        return found.unflatten(1, (maps.shape[1], -1))
+
+    guide, mask = (context.images + 1) / 2, soft_masks[3:, None]
+    contrast = (windows(guide) - guide.flatten(2)[:, :, None]).square().sum(1)
+    offsets = torch.arange(-radius, radius + 1.0)
+    distance = (offsets[:, None] ** 2 + offsets**2).flatten()[:, None]
+    # Half the radius is the width in space, the root of epsilon that in colour.
+    exponent = distance / (2 * (radius / 2) ** 2) + contrast / (2 * epsilon)
+    weights = torch.exp(-exponent) * windows(torch.ones_like(mask))[:, 0]
+    expected = (weights * windows(mask)[:, 0]).sum(1) / weights.sum(1)
+    step = EdgeFilter(kind="joint_bilateral", radius=radius, epsilon=epsilon)
+    found = step(soft_masks[3:], context)
+    torch.testing.assert_close(found, expected.view(1, 64, 64), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

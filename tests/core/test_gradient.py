@@ -18,6 +18,8 @@ from g4seg_pl.core.descent import AdamMoments, Parametrisation, normalised_direc
 from g4seg_pl.core.diffusion import predict_clean
 from g4seg_pl.core.generation import Rows, rows_per_class
 from g4seg_pl.core.gradient import Gradient
+from g4seg_pl.core.guided import bring_up
+from g4seg_pl.core.injection import Injection
 from g4seg_pl.core.loss import DenoisingLoss
 from g4seg_pl.core.refine import RefinementState, refine
 from g4seg_pl.core.threshold import centre_threshold, restore_threshold
@@ -225,6 +227,117 @@ def test_a_step_follows_the_printed_rule(scene: SceneMaker, soft_masks: Tensor) 
     fine = functional.interpolate(unit[:, None], (64, 64), mode="bilinear")[:, 0]
     expected = (soft_masks - 0.1 * fine).clamp(0, 1)
     torch.testing.assert_close(refined, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("upsampling", ["bilinear", "guided", "joint_bilateral"])
+def test_a_gradient_may_keep_its_mean_and_come_up_along_edges(
+    upsampling: Any, scene: SceneMaker, soft_masks: Tensor
+) -> None:
+    context, seen = scene(), []
+    options = {"upsampling": upsampling, "edge_radius": 3, "edge_epsilon": 0.01}
+    step = Gradient(iterations=1, step_size=0.1, centre=False, **options)
+    refined = refine(soft_masks, context, [step], seen.append)
+    gradient = seen[0].artifacts["gradient"]
+    unit = (gradient / gradient.flatten(1).std(1, correction=0)[:, None, None]).clamp(-3, 3)
+    fine = bring_up(unit, context.images[context.owner], upsampling, 3, 0.01)
+    expected = (soft_masks - 0.1 * fine).clamp(0, 1)
+    torch.testing.assert_close(refined, expected, rtol=0, atol=1e-5)
+
+
+def test_the_previous_estimate_goes_on_with_what_the_mask_changed(
+    scene: SceneMaker, soft_masks: Tensor, exact_generator: StableDiffusion
+) -> None:
+    context, masks = _exact(scene((0, 1), generator=exact_generator)), soft_masks[:2].double()
+    step = Gradient(control_variate="previous", carry_over=0.3, iterations=2)
+    seen: list[RefinementState] = []
+    refine(masks, context, [step], seen.append)
+    start, space, rows = _at_start(step, masks, context)
+    later, _, _ = _at_start(step, replace(step, iterations=1)(masks, context), context)
+    first = step.gradient(start, space, rows, context, 0)
+    again, now = (step.gradient(place, space, rows, context, 1) for place in (start, later))
+    # Both gradients of the second step meet its noise, so that their difference is the mask's.
+    expected = now - 0.3 * again + 0.3 * first
+    found = seen[0].artifacts["gradient"][:, None]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-15)
+
+
+def _given_to_the_unet(
+    context: RefinementContext, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Tensor, Injection]]:
+    """Return a list that fills with what the generator is asked to denoise, and under what."""
+    seen: list[tuple[Tensor, Injection]] = []
+    original = context.generator.denoise
+
+    def denoise(noisy: Tensor, timestep: int, embeddings: Tensor, injection: Injection) -> Tensor:
+        seen.append((noisy, injection))
+        return original(noisy, timestep, embeddings, injection)
+
+    monkeypatch.setattr(context.generator, "denoise", denoise)
+    return seen
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_every_field_about_injection_reaches_the_generator(
+    cross: bool, scene: SceneMaker, soft_masks: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = scene()
+    seen = _given_to_the_unet(context, monkeypatch)
+    Gradient(
+        iterations=1,
+        injection_weight=7.0,
+        inject_cross_attention=cross,
+        inject_self_attention=not cross,
+        mask_resize="nearest",
+    )(soft_masks, context)
+    ((_, injection),) = seen
+    coarse = functional.adaptive_avg_pool2d(soft_masks, (16, 16))[:, None]
+    torch.testing.assert_close(injection.foreground.detach(), coarse)
+    # Equality of what holds tensors is none of the dataclass's: the rest is compared without.
+    masks, tokens = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1)
+    expected = Injection(
+        masks,
+        tokens,
+        7.0,
+        cross_attention=cross,
+        self_attention=not cross,
+        binarise_at=None,
+        resize="nearest",
+        classes=tuple((name,) for name in context.class_names),
+    )
+    assert replace(injection, foreground=masks, tokens=tokens) == expected
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_background_is_injected_as_a_class_without_word_if_asked(
+    background: bool, scene: SceneMaker, soft_masks: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = scene()
+    seen = _given_to_the_unet(context, monkeypatch)
+    step = Gradient(classes_compete=True, inject_background=background, iterations=1)
+    step(soft_masks, context)
+    ((_, injection),) = seen
+    shares, tokens = injection.foreground.detach(), injection.tokens
+    assert shares.shape[1] == tokens.shape[1] == 3 + background
+    # Three classes of one image and one of the other: with the background they fill every pixel.
+    everything = torch.allclose(shares.sum(1), torch.ones(2, 16, 16))
+    assert everything is background
+    assert tokens[0, :3].any(-1).all()
+    assert not tokens[:, 3:].any()
+
+
+@pytest.mark.parametrize("noise_per", ["class", "image"])
+def test_classes_have_their_own_noise_or_share_their_images(
+    noise_per: Any, scene: SceneMaker, soft_masks: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = scene()
+    seen = _given_to_the_unet(context, monkeypatch)
+    Gradient(noise_per=noise_per, iterations=1)(soft_masks, context)
+    ((noisy, _),) = seen
+    names = context.class_names if noise_per == "class" else ("",) * 4
+    noise = context.noise(tuple(context.image_ids[i] for i in context.owner.tolist()), names)
+    signal = context.generator.alphas_cumprod[500]
+    expected = signal.sqrt() * context.latents[context.owner] + (1 - signal).sqrt() * noise
+    torch.testing.assert_close(noisy, expected, rtol=0, atol=1e-5)
 
 
 def test_the_loss_falls(scene: SceneMaker, soft_masks: Tensor) -> None:

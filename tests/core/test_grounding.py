@@ -9,10 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.core.context import RefinementContext
+from g4seg_pl.core.generation import noised, rows_per_class
 from g4seg_pl.core.grounding import Grounding
+from g4seg_pl.core.guided import bring_up
 from g4seg_pl.core.refine import refine
 from g4seg_pl.core.threshold import centre_threshold
 from g4seg_pl.seeds.diffsegmenter import DiffSegmenter
@@ -52,6 +55,39 @@ def test_word_maps_are_those_of_diffsegmenter(sd1_folder: Path) -> None:
     expected = maker.make(sample).foreground
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def _to_unit_range(maps: Tensor) -> Tensor:
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / (high - low)
+
+
+@pytest.mark.parametrize("upsampling", ["bilinear", "guided", "joint_bilateral"])
+def test_word_maps_are_the_weighted_sum_of_levels_brought_up_as_asked(
+    upsampling: Any, scene: SceneMaker
+) -> None:
+    context, weights = scene(), {(4, 4): 0.2, (8, 8): 0.7, (16, 16): 0.1}
+    rows = rows_per_class(_masks(4), context, own_noise=False)
+    with torch.no_grad():
+        noisy, _ = noised(rows, context, 300)
+        _, records = context.generator.attention(noisy, 300, context.embed(rows.prompts))
+    assert {record.grid for record in records} == set(weights)
+    coarse = torch.zeros(4, 16, 16)
+    for grid, weight in weights.items():
+        told = []
+        for record in (each for each in records if each.grid == grid):
+            attention = (record.query @ record.key.mT * record.scale).softmax(-1).mean(1)
+            named = zip(attention, rows.tokens[:, 0].bool(), strict=True)
+            told.append(torch.stack([each[:, tokens].mean(1) for each, tokens in named]))
+        level = torch.stack(told).mean(0).view(4, 1, *grid)
+        fine = functional.interpolate(level, (16, 16), mode="bilinear")[:, 0]
+        coarse += weight * _to_unit_range(fine)
+    images = context.images[context.owner]
+    expected = _to_unit_range(bring_up(_to_unit_range(coarse), images, upsampling, 3, 0.01))
+    options = {"upsampling": upsampling, "edge_radius": 3, "edge_epsilon": 0.01}
+    levels = tuple(weights.values())
+    found = _word_maps(context, timestep=300, spread=False, level_weights=levels, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("combine", ["mean", "product"])

@@ -127,6 +127,22 @@ def test_each_mask_keeps_its_best_candidate(scene: SceneMaker, soft_masks: Tenso
     assert weights.max() <= 1
 
 
+def test_pixels_weigh_how_surely_the_chosen_mask_beats_the_empty_one(
+    scene: SceneMaker, soft_masks: Tensor
+) -> None:
+    context = scene()
+    choice = ChooseByLikelihood([[Add(0.3)], [Add(-0.3)]], draws=3, binarise_at=None)
+    chosen = choice(soft_masks, context)
+    maps = choice.losses([chosen, torch.zeros_like(chosen)], context).maps
+    assert maps is not None
+    gain = functional.avg_pool2d(maps[1] - maps[0], 3, 1, 1, count_include_pad=False)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    sure = normal.cdf(gain.mean(1) / (gain.std(1) / 3**0.5))
+    expected = functional.interpolate(sure[:, None], (64, 64), mode="bilinear")[:, 0]
+    assert (expected - 0.5).abs().max() > 0.4
+    torch.testing.assert_close(context.kept["pixel_weights"], expected, rtol=0, atol=0.02)
+
+
 def test_only_the_last_of_a_list_counts_unless_asked(scene: SceneMaker, soft_masks: Tensor) -> None:
     context = scene()
     ChooseByLikelihood([[Add(0.3), Add(-0.3)], [Blur()]])(soft_masks, context)

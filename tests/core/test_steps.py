@@ -1,6 +1,7 @@
 """Update steps on a real tiny model: caching, batching, controls."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,106 @@ def test_generation_is_decoded_from_the_clean_latent(
         clean = predict_clean(noisy, output, generator.alphas_cumprod, 400, "epsilon")
         expected = generator.decode(clean)
     torch.testing.assert_close(seen[0].artifacts["generated"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("carry", ["difference", "values"])
+def test_the_update_is_equations_8_and_9_on_what_was_generated(
+    carry: Any, make_context: ContextMaker, foreground: Tensor
+) -> None:
+    context, seen = make_context(), []
+    step = Correspondence(beta=0.4, confidence_range=(0.3, 0.7), carry=carry)
+    refined = refine(foreground, context, [step], seen.append)
+    artifacts, patches = seen[0].artifacts, PooledPixels()
+    generated, images = (
+        functional.normalize(patches(pictures), dim=1).flatten(2)
+        for pictures in (artifacts["generated"], context.images[context.owner])
+    )
+    # A row is a place of the generated image: it looks for its partner in the image.
+    cosines = generated.mT @ images
+    partners = artifacts["neighbours"].flatten(1)
+    best = cosines.gather(2, partners[..., None])[..., 0]
+    torch.testing.assert_close(best, cosines.amax(2), rtol=0, atol=1e-6)
+    coarse = functional.adaptive_avg_pool2d(foreground, (8, 8))
+    values = torch.stack([m.flatten()[p] for m, p in zip(coarse, partners, strict=True)])
+    target = values.view(4, 8, 8)
+    old = coarse if carry == "difference" else torch.zeros_like(coarse)
+    brought = functional.interpolate((target - old)[:, None], (64, 64), mode="bilinear")[:, 0]
+    kept = foreground if carry == "difference" else 0.4 * foreground
+    sure = (foreground < 0.3) | (foreground > 0.7)
+    expected = torch.where(sure, foreground, kept + 0.6 * brought).clamp(0, 1)
+    torch.testing.assert_close(refined, expected, rtol=0, atol=1e-6)
+
+
+def _given_to_the_unet(
+    generator: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Tensor, Injection]]:
+    """Return a list that fills with what the generator is asked to denoise, and under what."""
+    seen: list[tuple[Tensor, Injection]] = []
+    original = generator.denoise
+
+    def denoise(noisy: Tensor, timestep: int, embeddings: Tensor, injection: Injection) -> Tensor:
+        seen.append((noisy, injection))
+        return original(noisy, timestep, embeddings, injection)
+
+    monkeypatch.setattr(generator, "denoise", denoise)
+    return seen
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_every_field_about_injection_reaches_the_generator(
+    cross: bool,
+    make_context: ContextMaker,
+    foreground: Tensor,
+    generator: CountingGenerator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = make_context()
+    seen = _given_to_the_unet(generator, monkeypatch)
+    Correspondence(
+        injection_weight=3.0,
+        injection_rule="dense_diffusion",
+        inject_cross_attention=cross,
+        inject_self_attention=not cross,
+        binarise_at=0.3,
+        mask_resize="nearest",
+    )(foreground, context)
+    ((_, injection),) = seen
+    assert torch.equal(injection.foreground, foreground[:, None])
+    for name, marked in zip(CLASSES, injection.tokens, strict=True):
+        assert torch.equal(marked.bool(), context.prompt((name,))[1])
+    # Equality of what holds tensors is none of the dataclass's: the rest is compared without.
+    masks, tokens = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1)
+    expected = Injection(
+        masks,
+        tokens,
+        3.0,
+        cross_attention=cross,
+        self_attention=not cross,
+        rule="dense_diffusion",
+        binarise_at=0.3,
+        resize="nearest",
+        classes=tuple((name,) for name in CLASSES),
+    )
+    assert replace(injection, foreground=masks, tokens=tokens) == expected
+
+
+@pytest.mark.parametrize(("noise_per", "names"), [("class", CLASSES), ("image", ("",) * 4)])
+def test_classes_have_their_own_noise_or_share_their_images(
+    noise_per: Any,
+    names: tuple[str, ...],
+    make_context: ContextMaker,
+    foreground: Tensor,
+    generator: CountingGenerator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = make_context()
+    seen = _given_to_the_unet(generator, monkeypatch)
+    Correspondence(noise_per=noise_per)(foreground, context)
+    ((noisy, _),) = seen
+    noise = context.noise(tuple(f"image{index}" for index in OWNER), names)
+    signal = generator.alphas_cumprod[400]
+    expected = signal.sqrt() * context.latents[context.owner] + (1 - signal).sqrt() * noise
+    torch.testing.assert_close(noisy, expected, rtol=0, atol=1e-5)
 
 
 def test_all_classes_of_an_image_share_one_pass_and_one_picture(

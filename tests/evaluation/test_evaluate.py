@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from g4seg_pl.evaluation.evaluate import evaluate
+from g4seg_pl.evaluation.evaluate import evaluate, score_image
 from g4seg_pl.types import BadItemError, ConfigurationError
 
 
@@ -26,6 +26,13 @@ def random_maps(seed: int) -> dict[str, np.ndarray]:
     return {name: rng.choice(values, (6 + i, 9)) for i, name in enumerate("abc")}
 
 
+def square(left: int) -> np.ndarray:
+    """A square of 20 by 20 pixels of class 1 in a picture of 40 by 40."""
+    labels = np.zeros((40, 40), np.uint8)
+    labels[10:30, left : left + 20] = 1
+    return labels
+
+
 @pytest.mark.parametrize("rule", ["background", "exclude"])
 def test_scores_are_those_of_a_histogram(tmp_path: Path, rule: str) -> None:
     predictions, truths = random_maps(0), random_maps(1)
@@ -41,6 +48,51 @@ def test_scores_are_those_of_a_histogram(tmp_path: Path, rule: str) -> None:
     np.testing.assert_allclose(scores["iou"], 100 * iou)
     assert scores["miou"] == pytest.approx(100 * iou.mean())
     assert scores["n_images"] == 3
+
+
+def test_boundary_scores_of_a_shifted_square_are_those_counted_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two pictures, one square 2 pixels off and one in its place; counts add up over both.
+
+    Bands are 1 pixel wide, 2 % of the diagonal. Those of class 1 are rings of 4 * 19 = 76 pixels,
+    of which the shifted square shares its upper and lower edge, 2 * 18 = 36. Those of class 0 are
+    the picture's border, 4 * 39 = 156, and the ring around the square, 4 * 21 = 84, of which it
+    shares 2 * 20 = 40.
+
+    The trimap reaches 5 pixels to either side: 30 * 30 pixels without the 4 at the corners, which
+    lie 5 diagonal steps off, and without the 10 * 10 in the middle, 796; 300 are of class 1 in
+    the truth, 300 in the prediction (the middle lies in both squares), 18 * 20 - 100 = 260 in both.
+    """
+    truths = {"off": square(10), "right": square(10)}
+    pred = write(tmp_path / "pred", truths | {"off": square(12)})
+    evaluate(pred, write(tmp_path / "gt", truths), 2, json=tmp_path / "s.json", boundary=True)
+    scores = json.loads((tmp_path / "s.json").read_text())
+    bands = [(156 + 40 + 240) / (240 + 240 - 196 + 240), (36 + 76) / (76 + 76 - 36 + 76)]
+    within = [(796 - 340 + 496) / (796 - 260 + 496), (260 + 300) / (340 + 300)]
+    assert scores["boundary_iou"] == pytest.approx(100 * np.mean(bands))
+    assert scores["trimap_miou"] == pytest.approx(100 * np.mean(within))
+    printed = capsys.readouterr().out
+    assert f"boundary IoU {100 * np.mean(bands):.2f} %" in printed
+    assert f"trimap mIoU {100 * np.mean(within):.2f} %" in printed
+
+
+def test_boundaries_are_not_scored_unasked(tmp_path: Path) -> None:
+    folder = write(tmp_path / "gt", {"a": square(10)})
+    evaluate(folder, folder, 2, json=tmp_path / "s.json")
+    assert not {"boundary_iou", "trimap_miou"} & set(json.loads((tmp_path / "s.json").read_text()))
+
+
+def test_excluded_pixels_cost_nothing_at_the_boundary_either() -> None:
+    """A prediction right wherever it says anything is perfect, unless 255 means background."""
+    truth, prediction = square(10), square(10)
+    prediction[5:20, 25:40] = 255
+    for rule, perfect in (("exclude", True), ("background", False)):
+        score = score_image(prediction, truth, 2, rule, boundary=True)  # type: ignore[arg-type]
+        for counts in (score.boundary, score.trimap):
+            assert counts is not None
+            assert (counts[1] > 0).all()
+            assert (counts[0] == counts[1]).all() == perfect
 
 
 def test_all_bad_files_are_named_at_once(tmp_path: Path) -> None:
