@@ -1,12 +1,12 @@
 """Update steps on a real tiny model: caching, batching, controls."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from injections import given_to_the_unet, same_but_tensors
 from torch import Tensor
 from torch.nn import functional
 
@@ -221,21 +221,6 @@ def test_the_update_is_equations_8_and_9_on_what_was_generated(
     torch.testing.assert_close(refined, expected, rtol=0, atol=1e-6)
 
 
-def _given_to_the_unet(
-    generator: StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> list[tuple[Tensor, Injection]]:
-    """Return a list that fills with what the generator is asked to denoise, and under what."""
-    seen: list[tuple[Tensor, Injection]] = []
-    original = generator.denoise
-
-    def denoise(noisy: Tensor, timestep: int, embeddings: Tensor, injection: Injection) -> Tensor:
-        seen.append((noisy, injection))
-        return original(noisy, timestep, embeddings, injection)
-
-    monkeypatch.setattr(generator, "denoise", denoise)
-    return seen
-
-
 @pytest.mark.parametrize("cross", [True, False])
 def test_every_field_about_injection_reaches_the_generator(
     cross: bool,
@@ -245,7 +230,7 @@ def test_every_field_about_injection_reaches_the_generator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     context = make_context()
-    seen = _given_to_the_unet(generator, monkeypatch)
+    seen = given_to_the_unet(generator, monkeypatch)
     Correspondence(
         injection_weight=3.0,
         injection_rule="dense_diffusion",
@@ -258,11 +243,8 @@ def test_every_field_about_injection_reaches_the_generator(
     assert torch.equal(injection.foreground, foreground[:, None])
     for name, marked in zip(CLASSES, injection.tokens, strict=True):
         assert torch.equal(marked.bool(), context.prompt((name,))[1])
-    # Equality of what holds tensors is none of the dataclass's: the rest is compared without.
-    masks, tokens = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1)
-    expected = Injection(
-        masks,
-        tokens,
+    assert same_but_tensors(
+        injection,
         3.0,
         cross_attention=cross,
         self_attention=not cross,
@@ -271,7 +253,6 @@ def test_every_field_about_injection_reaches_the_generator(
         resize="nearest",
         classes=tuple((name,) for name in CLASSES),
     )
-    assert replace(injection, foreground=masks, tokens=tokens) == expected
 
 
 @pytest.mark.parametrize(("noise_per", "names"), [("class", CLASSES), ("image", ("",) * 4)])
@@ -284,7 +265,7 @@ def test_classes_have_their_own_noise_or_share_their_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     context = make_context()
-    seen = _given_to_the_unet(generator, monkeypatch)
+    seen = given_to_the_unet(generator, monkeypatch)
     Correspondence(noise_per=noise_per)(foreground, context)
     ((noisy, _),) = seen
     noise = context.noise(tuple(f"image{index}" for index in OWNER), names)
