@@ -66,7 +66,9 @@ def require_same_classes(classes: ClassList, masks: Path | str) -> None:
     for record in (masks / "run.json", masks.parent / "run.json"):
         theirs = _recorded_names(record)
         for class_id, name in enumerate(theirs, start=1):
-            if classes.find(name) != class_id:
+            same = classes.names[class_id - 1 : class_id] == (name,)
+            # Another spelling of the thing will do; a name may also be another class's synonym.
+            if not same and classes.find(name) != class_id:
                 ours = classes.names[class_id - 1] if class_id <= len(classes) else "nothing"
                 message = (
                     f"class_names: class {class_id} is {name!r} by {record} and {ours!r} here; "

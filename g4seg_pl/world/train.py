@@ -35,7 +35,6 @@ from g4seg_pl.world.tiny import ScenesWithLatents, TinyDecoderTask, held_out_lat
 from g4seg_pl.world.unet import LatentBatches, UNetTask
 
 BATCH = 64
-CONTINUE = "start teacher, judge, clip or unet from the weights of the repository"
 DIFFUSERS_SCALE = 0.18215  # of an autoencoder that was never told its own
 Loaders = tuple[DataLoader[Any], DataLoader[Any] | None]
 

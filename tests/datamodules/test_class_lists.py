@@ -77,6 +77,10 @@ def test_seeds_made_with_another_list_are_refused(tmp_path: Path, folder: str) -
     write([*voc.names, "dragon"])
     with pytest.raises(ConfigurationError, match=r"class 21 is 'dragon' by .* and 'nothing' here"):
         require_same_classes(voc, seeds)
+    own = tmp_path / "own.txt"
+    own.write_text("cat\nfeline | feline | cat\n")  # a synonym that is another class's name
+    write(["cat", "feline"])
+    require_same_classes(read_class_list(own), seeds)
     for unknown in (json.dumps([1]), "{}", "no JSON"):
         record.write_text(unknown)
         require_same_classes(voc, seeds)
