@@ -36,6 +36,10 @@ def nearest_neighbours(
     grid = (queries.shape[2], queries.shape[3])
     if exclude_radius > 0:
         _check_radius(exclude_radius, grid)
+    if queries.device.type == "cpu" and len(queries) > 1:
+        # A product of two matrices at a time takes half of what a batched one does there.
+        pairs = zip(queries.split(1), references.split(1), strict=True)
+        return torch.cat([nearest_neighbours(*pair, exclude_radius, chunk) for pair in pairs])
     wanted = queries.flatten(2)
     offered = functional.normalize(references.flatten(2), dim=1)
     batch, _, count = wanted.shape
@@ -114,7 +118,15 @@ def _partners(
     if radius > 0:
         near = _distances(grid, begin, similarity.shape[1], similarity.device)
         similarity = similarity.masked_fill(near <= radius, -torch.inf)
-    return similarity.argmax(-1)
+    return _last_argmax(similarity)
+
+
+def _last_argmax(values: Tensor) -> Tensor:
+    if values.device.type != "cpu":
+        return values.argmax(-1)
+    # NumPy's is vectorised; PyTorch's is not, and took longer than the similarities themselves.
+    known = values.float() if values.dtype == torch.bfloat16 else values  # NumPy has no bfloat16
+    return torch.from_numpy(known.detach().numpy().argmax(-1))
 
 
 def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -43,6 +43,14 @@ def test_neighbours_are_those_of_a_loop(radius: float, chunk: int) -> None:
         np.testing.assert_array_equal(found[image].numpy(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_finds_the_neighbours_of_its_own_similarities(dtype: torch.dtype) -> None:
+    references = torch.eye(12, dtype=dtype).view(1, 12, 3, 4).expand(2, -1, -1, -1)
+    found = nearest_neighbours(references.flip(2), references)
+    turned = torch.arange(12).view(3, 4).flip(0).flatten()
+    assert torch.equal(found, turned.expand(2, -1))
+
+
 def test_an_image_matches_itself_in_place_unless_that_is_excluded() -> None:
     features = torch.randn(1, 8, 6, 6)
     place = torch.arange(36)[None]
