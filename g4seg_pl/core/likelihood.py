@@ -255,8 +255,9 @@ def pixel_weights(
     """Return how surely, from 0 to 1, one mask explains each place better than another.
 
     The normal distribution function of the paired difference over its standard error; training
-    on the mask can weight its pixels so, or ignore those below some value. With a single draw
-    the error is taken over all places.
+    on the mask can weight its pixels so, or ignore those below some value
+    (:class:`~g4seg_pl.callbacks.ignore.IgnoreUncertain`). With a single draw the error is taken
+    over all places.
 
     Args:
         better: squared errors under the mask to be weighed, of every draw.

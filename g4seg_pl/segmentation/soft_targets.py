@@ -35,11 +35,12 @@ class SoftReading:
     background: BackgroundRule = field(default_factory=Threshold)
 
 
-def reading_of(record: dict[str, Any]) -> SoftReading:
+def reading_of(record: dict[str, Any], remedy: str = "set data.soft to false") -> SoftReading:
     """Find out from a folder's run.json how its soft maps are to be understood.
 
     Args:
         record: the content of run.json.
+        remedy: what to do if that cannot be found out.
 
     Raises:
         ConfigurationError: the background rule is not one of ours, or is not recorded, or the
@@ -54,15 +55,15 @@ def reading_of(record: dict[str, Any]) -> SoftReading:
     if maker in NAMED_BACKGROUND and arguments.get("background_words"):
         msg = (
             f"soft: {maker} scored the background by names whose maps are not in the folder, so "
-            "its soft maps cannot be read: set data.soft to false"
+            f"its soft maps cannot be read: {remedy}"
         )
         raise ConfigurationError(msg)
     rule = arguments.get("background") or {}
     path = rule.get("class_path", "")
     if path not in RULES:
         msg = (
-            f"soft: run.json names no background rule that is known here (got {path or 'none'}): "
-            "soft maps cannot be read without it, so set data.soft to false"
+            f"soft: no background rule that is known here is recorded (got {path or 'none'}): "
+            f"soft maps cannot be read without it, so {remedy}"
         )
         raise ConfigurationError(msg)
     return SoftReading(background=RULES[path](**rule.get("init_args", {})))

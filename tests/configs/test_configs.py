@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from fake_voc import IDS, write_voc
+from PIL import Image
 
 from g4seg_pl.lab.written import build_stages
 from g4seg_pl.main import main
@@ -68,6 +70,32 @@ def test_crf_config_runs(tmp_path: Path, sd1_folder: Path) -> None:
     pytest.importorskip("pydensecrf")
     added = CONFIGS / "refine" / "crf_clip_es.yaml"
     assert "DenseCRF" in added_run(tmp_path, sd1_folder, added)
+
+
+def test_uncertain_pixels_are_ignored_behind_the_crf(tmp_path: Path, sd1_folder: Path) -> None:
+    """Labels agree with those of a run without it, less what its soft maps are unsure of."""
+    pytest.importorskip("pydensecrf")
+    files = [CONFIGS / "refine" / f"{name}.yaml" for name in ("voc_clip_es", "crf_clip_es")]
+    write_tree(tmp_path, files[0])
+    words = ["--writer.soft", "npz", "--out"]
+    whole = predict_words(tmp_path, sd1_folder, *files)
+    assert main([*whole, *words, str(tmp_path / "whole")]) == 0
+    ignoring = CONFIGS / "refine" / "ignore_uncertain.yaml"
+    sure = predict_words(tmp_path, sd1_folder, *files, ignoring)
+    assert main([*sure, *words, str(tmp_path / "sure")]) == 0
+    counts = np.zeros(2, int)
+    for name in IDS:
+        before, after = (
+            np.asarray(Image.open(tmp_path / run / "masks" / f"{name}.png"))
+            for run in ("whole", "sure")
+        )
+        marginals = np.load(tmp_path / "sure" / "soft" / f"{name}.npz")["foreground"].astype(float)
+        highest = np.maximum(marginals.max(0, initial=0), 1 - marginals.sum(0))
+        clear = np.abs(highest - 0.95) > 1e-3  # soft maps are kept in half precision
+        assert np.array_equal((after == 255)[clear], (highest < 0.95)[clear])
+        assert np.array_equal(after[after != 255], before[after != 255])
+        counts += [(after == 255).sum(), (after != 255).sum()]
+    assert counts.min() > 0
 
 
 def test_best_config_runs_and_is_the_recipe(tmp_path: Path, sd1_folder: Path) -> None:
@@ -143,6 +171,7 @@ def test_every_added_config_is_run_here() -> None:
     assert {path.stem for path in ADDED_FILES} == {
         "best",
         "crf_clip_es",
+        "ignore_uncertain",
         "sdxl",
         "lcm",
         "controlnet",
