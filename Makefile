@@ -37,18 +37,23 @@ test: lint
 
 # From nothing: 2 h 0 min, measured on two cores with AVX-512 before claim and sensitivity had three
 # kinds of seeds and three noise seeds, which add about 40 minutes by their core-minutes; not within
-# three hours on AVX2. Every part resumes and can be run by itself. Tables are made side by side, a
-# thread each, in $(PROCESSES) processes: results are kept by what determines them, wherever they
-# were made.
+# three hours on AVX2. Every part resumes and can be run by itself. Settings are chosen, and tables
+# made, side by side, a thread each, in $(PROCESSES) processes: results are kept by what determines
+# them, wherever they were made.
 PROCESSES ?= 2
 ONE := OMP_NUM_THREADS=1 $(LAB)
+CHOICES := choose-gradcam choose-degraded choose-cross_attention
 TABLES := lab-sensitivity lab-signals lab-groups lab-words lab-refiners lab-likelihood lab-makers \
 	lab-claim lab-rest
-.PHONY: $(TABLES)
+.PHONY: $(CHOICES) $(TABLES)
 lab: .venv/test.stamp $(CHECKPOINTS)
-	$(LAB) choose
+	$(MAKE) -j$(PROCESSES) $(CHOICES)
+	$(LAB) choose  # all kinds, from the results these have kept
 	$(MAKE) -j$(PROCESSES) $(TABLES)
 	$(LAB) costs failures signal_pictures report
+
+$(CHOICES): choose-%:
+	$(ONE) choose --kinds $* --results outputs/lab/$@
 
 lab-sensitivity:
 	$(ONE) sensitivity
