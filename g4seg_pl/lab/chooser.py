@@ -102,22 +102,23 @@ class Chooser:
             search: every combination, or one axis after the other with the rest held.
             rounds: how often one goes through all axes.
         """
-        if search == "product":
-            settings = [
-                with_values(stages, dict(zip(axes, values, strict=True)))
-                for values in product(*axes.values())
-            ]
-            found = self.try_all(settings, threshold)
-            return max(found, key=lambda each: each.miou), len(found)
-        best = self.try_all([stages], threshold)[0]
-        tried = {json.dumps(stages, sort_keys=True)}
-        for _ in range(rounds):
-            for axis, values in axes.items():
-                settings = [with_values(best.stages, {axis: value}) for value in values]
-                tried |= {json.dumps(each, sort_keys=True) for each in settings}
+        with self.lab.runner().keeping():  # what settings have in common is computed once
+            if search == "product":
+                settings = [
+                    with_values(stages, dict(zip(axes, values, strict=True)))
+                    for values in product(*axes.values())
+                ]
                 found = self.try_all(settings, threshold)
-                best = max([best, *found], key=lambda each: each.miou)
-        return best, len(tried)
+                return max(found, key=lambda each: each.miou), len(found)
+            best = self.try_all([stages], threshold)[0]
+            tried = {json.dumps(stages, sort_keys=True)}
+            for _ in range(rounds):
+                for axis, values in axes.items():
+                    settings = [with_values(best.stages, {axis: value}) for value in values]
+                    tried |= {json.dumps(each, sort_keys=True) for each in settings}
+                    found = self.try_all(settings, threshold)
+                    best = max([best, *found], key=lambda each: each.miou)
+            return best, len(tried)
 
 
 def best_threshold(runs: Sequence[Scores]) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,23 @@ class Run:
 
 
 @dataclass
+class Prepared:
+    """Images ready to be refined, with what ways have begun on them.
+
+    Attributes:
+        samples: as they were read.
+        usable: those of them that have a class.
+        batch: of these; None without any.
+        chains: what ways have in common, by noise seed.
+    """
+
+    samples: Sequence[Sample]
+    usable: Sequence[Sample]
+    batch: Batch | None
+    chains: dict[int, ChainRunner] = field(default_factory=dict)
+
+
+@dataclass
 class Runner:
     """Computes what is missing and keeps it.
 
@@ -57,6 +75,16 @@ class Runner:
     features: DenseFeatures | None = None
     quiet: bool = True
     computed: int = field(default=0, init=False)
+    _kept: dict[str, Prepared] | None = field(default=None, init=False, repr=False)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep images, and what ways began on them, in memory from one run to the next."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def run(
         self,
@@ -149,12 +177,12 @@ class Runner:
         started, total = time.perf_counter(), math.ceil(len(source.ids) / BATCH)
         for index, ids in enumerate(_chunks(source.ids)):
             wanted = [r for r in runs if missing[key_of(r.description)].intersection(ids)]
-            samples = source.samples(ids) if wanted else []
+            prepared = self._prepare(source, ids if wanted else [], background)
             # An image that cannot be read stays missing, and is no reason to compute others.
-            readable = {sample.image_id for sample in samples}
+            readable = {sample.image_id for sample in prepared.samples}
             wanted = [r for r in wanted if missing[key_of(r.description)] & readable]
             if wanted:
-                found = self._chunk(wanted, samples, background, source, curve=curve)
+                found = self._chunk(wanted, prepared, background, source, curve=curve)
                 for run, scores in zip(wanted, found, strict=True):
                     key = key_of(run.description)
                     new = [name for name in scores.ids if name in missing[key]]
@@ -166,28 +194,46 @@ class Runner:
                 touched.clear()
             self._tell(source, len(runs), index + 1, total, time.perf_counter() - started)
 
+    def _prepare(self, source: Source, ids: Sequence[str], background: BackgroundRule) -> Prepared:
+        """Read images and compute their latents and features, unless that was kept."""
+        key = key_of([source.describe(), source.split, list(ids), repr(background)])
+        if self._kept is not None and key in self._kept:
+            return self._kept[key]
+        samples = source.samples(ids) if ids else []
+        usable = [sample for sample in samples if sample.class_names]
+        with torch.no_grad():
+            batch = make_batch(self.models.refiner(self.features), usable) if usable else None
+        prepared = Prepared(samples, usable, batch)
+        if self._kept is not None:
+            self._kept[key] = prepared
+        return prepared
+
     def _chunk(
         self,
         runs: Sequence[Run],
-        samples: Sequence[Sample],
+        prepared: Prepared,
         background: BackgroundRule,
         source: Source,
         *,
         curve: bool,
     ) -> list[Scores]:
         """Score all runs on one batch, latents and common beginnings computed once."""
-        usable = [sample for sample in samples if sample.class_names]
-        if not usable:
+        samples, usable = prepared.samples, prepared.usable
+        if prepared.batch is None:
             empty = [_score_plain(each, source.num_classes, curve=curve) for each in samples]
             return [join(empty, noisy=False) for _ in runs]
         with torch.no_grad():
-            batch = make_batch(self.models.refiner(self.features), usable)
-            states = self._states(runs, batch, background)
+            states = self._states(runs, prepared.batch, prepared.chains, background)
         return [_score(state, samples, usable, source.num_classes, curve=curve) for state in states]
 
-    def _states(self, runs: Sequence[Run], batch: Batch, background: BackgroundRule) -> list[State]:
+    def _states(
+        self,
+        runs: Sequence[Run],
+        batch: Batch,
+        chains: dict[int, ChainRunner],
+        background: BackgroundRule,
+    ) -> list[State]:
         seeds = Masks(tuple(sample.seed.scores.float() for sample in batch.samples), background)
-        chains: dict[int, ChainRunner] = {}
         noiseless: dict[str, State] = {}
         states = []
         for run in runs:

@@ -154,6 +154,42 @@ def test_what_is_generated_alike_is_generated_once(
         assert together[name][1].seconds.sum() > 0.2 * together["plain"][1].seconds.sum()
 
 
+def test_runs_begin_where_kept_ones_ended(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blurred, chained = WAYS[0], WAYS[2]
+    other = Way("other", (Blur(1.0), Correspondence(confidence_range=None, beta=0.5)))
+    fresh = Runner(runner.models, Store(tmp_path / "fresh"))
+    wanted = fresh.run([chained, other], scenes(fresh), RULE, (0, 1))
+    done: list[str] = []
+
+    def noted(kind: type[Blur] | type[Correspondence], method: str) -> None:
+        plain = getattr(kind, method)
+
+        def call(*args: object) -> object:
+            done.append(kind.__name__)
+            return plain(*args)
+
+        monkeypatch.setattr(kind, method, call)
+
+    noted(Blur, "__call__")
+    noted(Correspondence, "generate")
+    with runner.keeping():
+        runner.run([blurred], scenes(runner), RULE, (0, 1))
+        first = runner.run([chained], scenes(runner), RULE, (0, 1))
+        generated = done.count("Correspondence")
+        second = runner.run([other], scenes(runner), RULE, (0, 1))
+        # Once a noise seed: what is blurred already is blurred no more, nor generated again.
+        assert done.count("Blur") == 2
+        assert done.count("Correspondence") == generated > 0
+    for name, runs in (first | second).items():
+        for one, two in zip(runs, wanted[name], strict=True):
+            np.testing.assert_array_equal(one.counts, two.counts)
+            assert one.noisy
+    runner.run([Way("again", (Blur(1.0), Blur(2.0)))], scenes(runner), RULE)
+    assert done.count("Blur") == 4
+
+
 def test_gains_are_paired_and_noise_seeds_no_further_images(runner: Runner) -> None:
     found = runner.run([Way("seed"), *WAYS], scenes(runner), RULE, (0, 1))
     before, after = found["seed"], found["g4seg"]
