@@ -48,13 +48,13 @@ class Prepared:
     Attributes:
         samples: as they were read.
         usable: those of them that have a class.
-        batch: of these; None without any.
+        batch: of these; None until a way needs it.
         chains: what ways have in common, by noise seed.
     """
 
     samples: Sequence[Sample]
     usable: Sequence[Sample]
-    batch: Batch | None
+    batch: Batch | None = None
     chains: dict[int, ChainRunner] = field(default_factory=dict)
 
 
@@ -195,15 +195,13 @@ class Runner:
             self._tell(source, len(runs), index + 1, total, time.perf_counter() - started)
 
     def _prepare(self, source: Source, ids: Sequence[str], background: BackgroundRule) -> Prepared:
-        """Read images and compute their latents and features, unless that was kept."""
+        """Read images, unless they were kept."""
         key = key_of([source.describe(), source.split, list(ids), repr(background)])
         if self._kept is not None and key in self._kept:
             return self._kept[key]
         samples = source.samples(ids) if ids else []
         usable = [sample for sample in samples if sample.class_names]
-        with torch.no_grad():
-            batch = make_batch(self.models.refiner(self.features), usable) if usable else None
-        prepared = Prepared(samples, usable, batch)
+        prepared = Prepared(samples, usable)
         if self._kept is not None:
             self._kept[key] = prepared
         return prepared
@@ -219,10 +217,12 @@ class Runner:
     ) -> list[Scores]:
         """Score all runs on one batch, latents and common beginnings computed once."""
         samples, usable = prepared.samples, prepared.usable
-        if prepared.batch is None:
+        if not usable:
             empty = [_score_plain(each, source.num_classes, curve=curve) for each in samples]
             return [join(empty, noisy=False) for _ in runs]
         with torch.no_grad():
+            if prepared.batch is None:
+                prepared.batch = make_batch(self.models.refiner(self.features), usable)
             states = self._states(runs, prepared.batch, prepared.chains, background)
         return [_score(state, samples, usable, source.num_classes, curve=curve) for state in states]
 
