@@ -1,5 +1,7 @@
 """Semantic correspondence: where in the image a generated location belongs (Eq. 8-9)."""
 
+import math
+from itertools import product
 from typing import Literal
 
 import torch
@@ -116,8 +118,7 @@ def _partners(
     # A function of its own, so that a strip is freed before the next one is formed.
     similarity = functional.normalize(wanted, dim=1).transpose(1, 2) @ offered
     if radius > 0:
-        near = _distances(grid, begin, similarity.shape[1], similarity.device)
-        similarity = similarity.masked_fill(near <= radius, -torch.inf)
+        _exclude(similarity, begin, grid, radius)
     return _last_argmax(similarity)
 
 
@@ -133,10 +134,19 @@ def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def _distances(grid: tuple[int, int], begin: int, count: int, device: torch.device) -> Tensor:
-    every = torch.arange(grid[0] * grid[1], device=device)
-    places = torch.stack([every // grid[1], every % grid[1]], dim=-1).float()
-    return torch.cdist(places[begin : begin + count], places)
+def _exclude(
+    similarity: Float[Tensor, "b r n"], begin: int, grid: tuple[int, int], radius: float
+) -> None:
+    """Set the similarity of every location to its neighbourhood to minus infinity, in place."""
+    height, width = grid
+    rows = torch.arange(similarity.shape[1], device=similarity.device)
+    down, right = (begin + rows) // width, (begin + rows) % width
+    reach = range(-int(radius), int(radius) + 1)
+    for above, left in product(reach, repeat=2):
+        if math.hypot(above, left) <= radius:
+            y, x = down + above, right + left
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            similarity[:, rows[inside], (y * width + x)[inside]] = -torch.inf
 
 
 def _check_radius(radius: float, grid: tuple[int, int]) -> None:

@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,10 +12,11 @@ from torch import Tensor
 from g4seg_pl.callbacks.run_record import describe
 from g4seg_pl.core.background import Threshold, compose_label
 from g4seg_pl.core.context import RefinementContext
+from g4seg_pl.core.protocols import Generator
 from g4seg_pl.core.refine import refine
 from g4seg_pl.core.resize import apply_change, masks_to_working
 from g4seg_pl.lab.cache import canonical
-from g4seg_pl.lab.generated import Generated, sharing
+from g4seg_pl.lab.generated import Generated, KeptPasses, sharing
 from g4seg_pl.lab.stages import (
     Batch,
     Masks,
@@ -34,9 +36,11 @@ class WatchedContext(RefinementContext):
 
     Attributes:
         drawn: one entry a call; shared by all variants of the context.
+        features_by_extractor: F(x₀) of other extractors, shared by all noise seeds.
     """
 
     drawn: list[int] = field(default_factory=list)
+    features_by_extractor: dict[str, Tensor] = field(default_factory=dict)
 
     def noise(self, image_ids: tuple[str, ...], names: tuple[str, ...], draw: int = 0) -> Tensor:
         """Return ε as the plain context does."""
@@ -88,9 +92,10 @@ class ChainRunner:
     def __init__(self, batch: Batch, seeds: Masks, noise_seed: int = 0) -> None:
         context = copy.copy(batch.context)
         context.seed = noise_seed
+        self._generated = Generated()
+        context.generator = cast(Generator, KeptPasses(context.generator, self._generated))
         self.batch = Batch(batch.samples, context)
         self._states: dict[str, State] = {"": State(seeds)}
-        self._generated = Generated()
 
     def run(self, way: Way) -> State:
         """Return the way's masks at native size, labels by its own rule."""

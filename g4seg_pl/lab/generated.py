@@ -1,18 +1,25 @@
-"""Ways that differ only in what they do with a generated image generate it once."""
+"""Ways that differ only in what they do with a pass, or a generated image, make it once."""
 
 import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from g4seg_pl.callbacks.run_record import describe
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.generation import Rows
+from g4seg_pl.core.injection import Injection
+from g4seg_pl.core.protocols import AttentionRecord, Generator
 from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.lab.controls import WithFeatures
+
+Made = TypeVar("Made")
+# Attention of a pass on 32 rows takes 30 MB at the world's size, an image of each row 1.5 MB.
+KEPT_BYTES = 2**29
 
 # What the paper's update does after it has generated; every other setting tells images apart.
 AFTERWARDS = ("beta", "confidence_range", "matching", "match_size", "exclude_radius", "carry")
@@ -21,25 +28,118 @@ _DECIDING = tuple(each.name for each in fields(Correspondence) if each.name not 
 
 @dataclass
 class Generated:
-    """Images that the ways of one batch have generated under one noise seed, and their matches.
+    """What the ways of one batch have generated under one noise seed: passes, images, matches.
 
     Attributes:
         spared: seconds that ways were spared so far, because an earlier one had made the same.
+        most: bytes kept at most; what was not asked for longest goes first.
     """
 
     spared: float = 0.0
-    _made: dict[str, tuple[Tensor, float]] = field(default_factory=dict, init=False, repr=False)
+    most: int = KEPT_BYTES
+    _made: dict[str, tuple[Any, float, int]] = field(default_factory=dict, init=False, repr=False)
+    _bytes: int = field(default=0, init=False, repr=False)
 
-    def once(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: str, make: Callable[[], Made]) -> Made:
         """Return what was made under a key, or make it."""
         if key in self._made:
-            made, seconds = self._made[key]
-            self.spared += seconds
+            found = self._made[key] = self._made.pop(key)  # those used last stand last
+            self.spared += found[1]
+            made: Made = found[0]
             return made
-        started = time.perf_counter()
+        started, spared = time.perf_counter(), self.spared
         made = make()
-        self._made[key] = made, time.perf_counter() - started
+        # What a part of it was spared belongs to its price.
+        seconds = time.perf_counter() - started + self.spared - spared
+        self._keep(key, made, seconds)
         return made
+
+    def _keep(self, key: str, made: Any, seconds: float) -> None:
+        self._made[key] = made, seconds, _size(made)
+        self._bytes += self._made[key][2]
+        while self._bytes > self.most and len(self._made) > 1:
+            self._bytes -= self._made.pop(next(iter(self._made)))[2]
+
+
+class KeptPasses:
+    """A generator that makes the same pass once; all else is the generator's own.
+
+    The attention to a word, or of an image to itself, is the same for every way that reads it at
+    one timestep under one noise, whatever the masks.
+
+    Args:
+        generator: that passes are made with.
+        generated: where they are kept.
+    """
+
+    def __init__(self, generator: Generator, generated: Generated) -> None:
+        self._generator = generator
+        self._generated = generated
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the generator's own."""
+        return getattr(self._generator, name)
+
+    def denoise(
+        self,
+        noisy: Tensor,
+        timestep: int,
+        embeddings: Tensor,
+        injection: Injection | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """Return the raw output of one U-Net pass; a pass for a gradient is made every time."""
+
+        def make() -> Tensor:
+            return self._generator.denoise(noisy, timestep, embeddings, injection, **others)
+
+        if torch.is_grad_enabled() or others:
+            return make()
+        injected = [] if injection is None else _values(injection)
+        key = digest("denoise", noisy, timestep, embeddings, *injected)
+        return self._generated.once(key, make)
+
+    def self_attention(
+        self, noisy: Tensor, timestep: int, embeddings: Tensor
+    ) -> list[AttentionRecord]:
+        """Return queries and keys of every self-attention layer of one pass."""
+        make = self._generator.self_attention
+        key = digest("self-attention", noisy, timestep, embeddings)
+        return self._generated.once(key, lambda: make(noisy, timestep, embeddings))
+
+    def attention(
+        self, noisy: Tensor, timestep: int, embeddings: Tensor
+    ) -> tuple[list[AttentionRecord], list[AttentionRecord]]:
+        """Return those of every self-attention and of every cross-attention layer."""
+        make = self._generator.attention
+        key = digest("attention", noisy, timestep, embeddings)
+        return self._generated.once(key, lambda: make(noisy, timestep, embeddings))
+
+
+def digest(*parts: Any) -> str:
+    """Return a hash of tensors by what they hold and of all else by how it is written."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            hashed.update(repr((part.shape, part.dtype)).encode())
+            # As bytes, since NumPy has no bfloat16.
+            hashed.update(part.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        else:
+            hashed.update(repr(part).encode())
+    return hashed.hexdigest()
+
+
+def _values(record: Any) -> list[Any]:
+    return [getattr(record, each.name) for each in fields(record)]
+
+
+def _size(made: Any) -> int:
+    """Return how many bytes tensors take, those within lists and records included."""
+    if isinstance(made, Tensor):
+        return made.numel() * made.element_size()
+    if isinstance(made, AttentionRecord):
+        return _size(made.query) + _size(made.key)
+    return sum(_size(each) for each in made) if isinstance(made, list | tuple) else 0
 
 
 @dataclass(frozen=True)
@@ -66,10 +166,8 @@ class SharedCorrespondence(Correspondence):
 
     def _key(self, rows: Rows) -> str:
         settings = [getattr(self, name) for name in _DECIDING]
-        digest = hashlib.sha256(repr([settings, rows.owner, rows.prompts, rows.names]).encode())
-        for masks in (rows.foreground, rows.tokens):
-            digest.update(masks.contiguous().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        told = [settings, rows.owner, rows.prompts, rows.names]
+        return digest(told, rows.foreground, rows.tokens)
 
 
 def sharing(step: Any, generated: Generated) -> Any:

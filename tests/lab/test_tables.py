@@ -113,6 +113,9 @@ def test_claim_and_likelihood(lab: Lab, tmp_path: Path) -> None:
     both = claim(replace(lab, kinds=("degraded", "cross_attention")), how)
     assert both.rows[:-1] == table.rows
     assert both.rows[-1]["truth against"] == "seed (cross_attention)"
+    # The truth measured beside one kind of seeds serves the others.
+    alone = claim(replace(lab, kinds=("cross_attention",)), how)
+    assert both.rows[-1] == alone.rows[0]
     evidence = ClassEvidence((400,), draws=1)
     chosen = likelihood(lab, how, evidence)
     check(chosen, tmp_path)

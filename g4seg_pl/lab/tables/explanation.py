@@ -22,6 +22,7 @@ from g4seg_pl.lab.stages import Batch, Masks, Way
 from g4seg_pl.lab.table import Cell, Table
 from g4seg_pl.lab.tables.groups import clustered_mean
 from g4seg_pl.lab.tables.refinement import TIMESTEPS
+from g4seg_pl.types import ConfigurationError
 from g4seg_pl.world.degrade import Fault, degrade
 
 Floats = NDArray[np.float64]
@@ -184,29 +185,46 @@ def true_and_spoilt(batch: Batch, _chains: ChainRunner) -> dict[str, Tensor]:
     return found
 
 
-def _truth_and_seed(batch: Batch, chains: ChainRunner) -> dict[str, Tensor]:
-    seed = hard_masks(batch, chains.run(Way("seed")).masks)
-    return {"truth": torch.cat(true_masks(batch)), "seed": seed}
+def _seed(batch: Batch, chains: ChainRunner) -> dict[str, Tensor]:
+    return {"seed": hard_masks(batch, chains.run(Way("seed")).masks)}
 
 
 def _with_all_others(batch: Batch, chains: ChainRunner) -> dict[str, Tensor]:
     """The truth and the seed, the truth spoilt, nothing, and other masks' shapes."""
-    found = _truth_and_seed(batch, chains) | true_and_spoilt(batch, chains)
-    exact = found["truth"]
+    exact = torch.cat(true_masks(batch))
+    found = {"truth": exact} | _seed(batch, chains) | true_and_spoilt(batch, chains)
     found["empty"] = torch.zeros_like(exact)
     found["shuffled"] = exact.roll(1, 0) if len(exact) > 1 else exact.flip(1, 2)
     return found
+
+
+def _truth_of(first: Explained, other: Explained) -> Explained:
+    """Return what was measured on the truth, beside other candidates for the same masks.
+
+    Raises:
+        ConfigurationError: they are not the same masks.
+    """
+    if not np.array_equal(first.image, other.image):
+        message = "kinds of seeds differ in the classes of images; make a claim table of each alone"
+        raise ConfigurationError(message)
+    return Explained(
+        (*first.names[:1], *other.names),
+        np.concatenate([first.losses[:1], other.losses]),
+        np.concatenate([first.ious[:1], other.ious]),
+        first.image,
+    )
 
 
 def claim(lab: Lab, how: Measurement | None = None) -> Table:
     """Share of masks whose truth explains the image better than another mask, per t."""
     how = how or Measurement(draws=len(lab.noise_seeds))
     rows: list[dict[str, Cell]] = []
+    first = explain(lab, lab.kinds[0], "claim", _with_all_others, how)
     for kind in lab.kinds:
-        # What does not depend on the seed is measured once.
-        first = kind == lab.kinds[0]
-        candidates = _with_all_others if first else _truth_and_seed
-        found = explain(lab, kind, "claim" if first else "truth and seed", candidates, how)
+        found = first
+        if kind != lab.kinds[0]:
+            # The truth does not depend on the seeds, nor does the noise it meets.
+            found = _truth_of(first, explain(lab, kind, "seed", _seed, how))
         for other in range(1, len(found.names)):
             differ = found.ious[other] < 1.0
             for index, timestep in enumerate(how.timesteps):

@@ -23,6 +23,7 @@ from g4seg_pl.lab.table import Cell, Table
 from g4seg_pl.lab.tables.explanation import (
     SPOILT,
     Arrays,
+    Candidates,
     Floats,
     Measurement,
     explain,
@@ -105,9 +106,17 @@ def judge(lab: Lab, kind: SeedKind, how: Measurement, evidence: ClassEvidence) -
     """Judge the masks of all ways, the truth and the truth spoilt, on the lab's test scenes."""
     ways = named(lab, kind, (*SIGNALS, "feature-nn", "best", "dcrf"))
     every = [Way("seed"), *ways]
+    kept: dict[tuple[str, ...], dict[str, Tensor]] = {}
+
+    def refined(batch: Batch, chains: ChainRunner) -> dict[str, Tensor]:
+        """Return every way's masks, refined once for both of the measurements below."""
+        ids = batch.context.image_ids
+        if ids not in kept:
+            kept[ids] = {way.name: hard_masks(batch, chains.run(way).masks) for way in every}
+        return kept[ids]
 
     def candidates(batch: Batch, chains: ChainRunner) -> dict[str, Tensor]:
-        found = {way.name: hard_masks(batch, chains.run(way).masks) for way in every}
+        found = refined(batch, chains)
         return found | {"empty": torch.zeros_like(found["seed"])}
 
     described = [[way.name, way.describe()] for way in ways]
@@ -118,7 +127,7 @@ def judge(lab: Lab, kind: SeedKind, how: Measurement, evidence: ClassEvidence) -
     losses = np.concatenate([explained.logarithms()[:-1], true.logarithms()])
     ious = np.concatenate([explained.ious[:-1], true.ious])
     names = (*(way.name for way in every), *TRUE)
-    measured = _measured(lab, kind, every, evidence, described)
+    measured = _measured(lab, kind, refined, evidence, described)
     areas = measured.pop("area")
     order = np.full(len(names), np.nan)
     order[: len(every)] = [_validation_gain(lab, kind, way.name) for way in every]
@@ -135,15 +144,14 @@ def _validation_gain(lab: Lab, kind: SeedKind, name: str) -> float:
 
 
 def _measured(
-    lab: Lab, kind: SeedKind, ways: Sequence[Way], evidence: ClassEvidence, described: Json
+    lab: Lab, kind: SeedKind, refined: Candidates, evidence: ClassEvidence, described: Json
 ) -> dict[str, Floats]:
     """Return what every judge that needs the masks themselves says, kept on disk."""
 
     def measure(batch: Batch, seeds: Masks) -> Arrays:
         chains = ChainRunner(batch, seeds)
-        found = {way.name: hard_masks(batch, chains.run(way).masks) for way in ways}
-        true = true_and_spoilt(batch, chains)
-        return {**_scores(batch, seeds, found | true, evidence)}
+        found = {**refined(batch, chains), **true_and_spoilt(batch, chains)}
+        return {**_scores(batch, seeds, found, evidence)}
 
     what: dict[str, Json] = {
         "candidates": [described, list(TRUE)],

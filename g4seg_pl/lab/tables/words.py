@@ -53,8 +53,9 @@ def words(lab: Lab, checkpoints: Sequence[Path] = ()) -> Table:
 
     Args:
         lab: models and store.
-        checkpoints: further generators, of growing training for instance, named by their folders;
-            they are told the right class and a wrong one, nothing else.
+        checkpoints: further generators, of growing training for instance, named by their folders.
+
+    Generators other than the lab's own are told the right class and a wrong one, nothing else.
     """
     kind = lab.kinds[0]
     rows: list[dict[str, Cell]] = []
@@ -62,10 +63,10 @@ def words(lab: Lab, checkpoints: Sequence[Path] = ()) -> Table:
     for folder in checkpoints:
         generators[folder.name] = Models(folder, lab.models.clip, lab.models.device)
     chosen = named(lab, kind, ("g4seg", "affinity", "gradient", "best"))
-    for index, (name, models) in enumerate(generators.items()):
+    for name, models in generators.items():
         other = replace(lab, models=models)
         ways = [each for way in chosen for each in prompts_and_injections(way)]
-        if index > 1:
+        if models is not lab.models:
             ways = [way for way in ways if way.name.endswith((", right class", ", wrong class"))]
         # The seeds stay those of the lab's own models, whatever refines them.
         every = [Way("seed"), *ways]
