@@ -160,7 +160,7 @@ class Correspondence:
         """Return δ of Eq. 8, or the discrepancy at the same place, of each row."""
         references = resize_features(context.reference_features, self.match_size)
         references = references[list(rows.owner)]
-        queries = resize_features(context.extract(images), self.match_size)
+        queries = resize_features(self.extract(images, rows, context), self.match_size)
         if not torch.isfinite(queries).all():
             message = (
                 f"the generated image at timestep {self.timestep} is not finite; "
@@ -170,6 +170,13 @@ class Correspondence:
         if self.matching == "aligned":
             return discrepancy(queries, references)
         return nearest_neighbours(queries, references)
+
+    def extract(
+        self, images: Float[Tensor, "r 3 H W"], rows: Rows, context: RefinementContext
+    ) -> Float[Tensor, "r c h w"]:
+        """Return F of the rows' generated images (Eq. 8)."""
+        del rows  # for those who tell images apart by what they were generated from
+        return context.extract(images)
 
     def _match_image_with_itself(self, foreground: Tensor, context: RefinementContext) -> Tensor:
         features = resize_features(context.reference_features, self.match_size)

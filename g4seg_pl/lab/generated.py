@@ -164,6 +164,12 @@ class SharedCorrespondence(Correspondence):
         key = f"{how} {self._key(rows)}"
         return self.generated.once(key, lambda: compare(images, rows, context))
 
+    def extract(self, images: Tensor, rows: Rows, context: RefinementContext) -> Tensor:
+        """Return F of each row's image, whatever grid it is matched on."""
+        extract = super().extract
+        key = f"{describe(context.features)} {self._key(rows)}"
+        return self.generated.once(key, lambda: extract(images, rows, context))
+
     def _key(self, rows: Rows) -> str:
         settings = [getattr(self, name) for name in _DECIDING]
         told = [settings, rows.owner, rows.prompts, rows.names]

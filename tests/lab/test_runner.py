@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -141,6 +142,13 @@ def test_what_is_generated_alike_is_generated_once(
         matches.append(queries)
         return nearest_neighbours(queries, references)
 
+    extract, looked = Correspondence.extract, []
+
+    def noted(self: Correspondence, *rest: Any) -> torch.Tensor:
+        looked.append(self.timestep)
+        return extract(self, *rest)
+
+    monkeypatch.setattr(Correspondence, "extract", noted)
     monkeypatch.setattr(Correspondence, "generate", counted)
     monkeypatch.setattr("g4seg_pl.core.steps.nearest_neighbours", matched)
     together = runner.run(ways, scenes(runner), RULE, (0, 1))
@@ -150,6 +158,8 @@ def test_what_is_generated_alike_is_generated_once(
     assert passes == calls.count((200, 10.0)) == calls.count((400, 0.0))
     # Matched anew: all but `half`, which mixes alike, and `same place`, which matches nothing.
     assert len(matches) == 5 * passes
+    # Features of three kinds of images and, deep, other ones of the first.
+    assert len(looked) == 4 * passes
     for name, runs in together.items():
         for one, two in zip(runs, alone[name], strict=True):
             np.testing.assert_array_equal(one.counts, two.counts)

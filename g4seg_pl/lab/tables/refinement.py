@@ -42,7 +42,7 @@ TIMESTEPS = (100, 200, 300, 400, 500, 600, 700)
 # What is changed one at a time about the paper's update at its chosen setting.
 AXES: dict[str, tuple[Any, ...]] = {
     "timestep": TIMESTEPS,
-    "injection_weight": (0.0, 2.0, 5.0, 10.0, 20.0, 50.0),
+    "injection_weight": (0.0, 5.0, 10.0, 20.0, 50.0),
     "beta": (0.9, 0.8, 0.65, 0.5, 0.3, 0.0),
     "confidence_range": (None, (0.1, 0.7), (0.2, 0.6), (0.3, 0.7)),
     "match_size": (None, 8, 16, 32),
