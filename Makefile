@@ -45,9 +45,9 @@ ONE := OMP_NUM_THREADS=1 $(LAB)
 CHOICES := choose-gradcam choose-degraded choose-cross_attention
 TABLES := lab-sensitivity lab-signals lab-groups lab-words lab-refiners lab-likelihood lab-makers \
 	lab-claim lab-rest
-.PHONY: $(CHOICES) $(TABLES)
+.PHONY: lab-cam $(CHOICES) $(TABLES)
 lab: .venv/test.stamp $(CHECKPOINTS)
-	$(MAKE) -j$(PROCESSES) $(CHOICES)
+	$(MAKE) -j$(PROCESSES) lab-cam $(CHOICES)
 	$(LAB) choose  # all kinds, from the results these have kept
 	$(MAKE) -j$(PROCESSES) $(TABLES)
 	$(LAB) costs failures signal_pictures report
@@ -55,6 +55,8 @@ lab: .venv/test.stamp $(CHECKPOINTS)
 $(CHOICES): choose-%:
 	$(ONE) choose --kinds $* --results outputs/lab/$@
 
+lab-cam:  # the classifier of makers
+	$(ONE) cam
 lab-sensitivity:
 	$(ONE) sensitivity
 lab-signals:

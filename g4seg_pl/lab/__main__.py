@@ -1,4 +1,4 @@
-"""``python -m g4seg_pl.lab choose|all|report|<table>``: the laboratory of the embedded world."""
+"""The laboratory of the embedded world: ``python -m g4seg_pl.lab choose|cam|report|<table>``."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from g4seg_pl.lab.cache import Store
+from g4seg_pl.lab.cam_weights import CamRecipe, cam_weights
 from g4seg_pl.lab.choose import GRID, choose
 from g4seg_pl.lab.laboratory import CHOSEN, MAIN_KINDS, Lab
 from g4seg_pl.lab.models import Models
@@ -47,7 +48,8 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
     "decoders": decoders,
     "costs": costs,
 }
-OTHERS = ("choose", "all", "report", "failures", "signal_pictures")
+# `cam` trains the classifier that `makers` would train itself, beside what needs none.
+OTHERS = ("choose", "cam", "all", "report", "failures", "signal_pictures")
 SIGNAL_PICTURES = CHOSEN.parents[1] / "signals"
 
 
@@ -118,6 +120,8 @@ def _run(name: str, lab: Lab, options: argparse.Namespace) -> None:
     match name:
         case "choose":
             choose(lab, options.grid, options.kinds, options.val_images, options.only)
+        case "cam":
+            print(cam_weights(lab.store, CamRecipe(), quiet=lab.quiet))
         case "report":
             print(write_report(lab.results))
         case "failures":

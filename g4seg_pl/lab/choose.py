@@ -56,6 +56,10 @@ def choose(
 
     if "features" in plan and (not only or "features" in only):
         deciding = plan["features"]
+        # Whatever F was before, what this finds is kept under the same name and found again.
+        chosen.pop("features", None)
+        _write(lab.chosen_file, chosen)
+        lab.forget_chosen()
         chosen["features"] = choose_features(chooser_of(deciding["kind"]), deciding)
         _write(lab.chosen_file, chosen)
         lab.forget_chosen()

@@ -18,6 +18,7 @@ from g4seg_pl.lab.choose import GRID, choose
 from g4seg_pl.lab.chooser import Chooser, best_threshold, with_values
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.report import write_report
+from g4seg_pl.lab.runner import Runner
 from g4seg_pl.lab.scores import THRESHOLDS
 from g4seg_pl.lab.stages import Way
 from g4seg_pl.lab.written import build_stages
@@ -58,6 +59,25 @@ def test_the_feature_space_is_chosen_first_and_then_used(lab: Lab) -> None:
         curve = lab.runner(VAEFeatures(level)).run(ways, source, rule, curve=True)
         reached = max(best_threshold(curve[way.name])[1] for way in ways)
         assert reached - seed["val_miou"] == pytest.approx(gain, abs=2e-3)
+
+
+def test_what_was_chosen_before_is_found_again_whatever_came_of_it(
+    lab: Lab, grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    # A file as of other weights: another F than the first laboratory began with.
+    space = {"class_path": "g4seg_pl.features.vae.VAEFeatures", "init_args": {"level": 1}}
+    other = {**lab.chosen, "features": space}
+    (results / "chosen.json").write_text(json.dumps(other))
+    again = replace(lab, results=results, chosen_file=results / "chosen.json")
+    again.forget_chosen()
+
+    def computed(*_: object, **__: object) -> None:
+        pytest.fail("computed what another laboratory had kept")
+
+    monkeypatch.setattr(Runner, "_compute", computed)
+    assert choose(again, grid_file) == lab.chosen
 
 
 def test_features_need_no_arguments(lab: Lab, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from g4seg_pl.core.background import compose_label
 from g4seg_pl.evaluation.confusion import mean_iou
+from g4seg_pl.lab import __main__ as command
 from g4seg_pl.lab import cam_weights as training
 from g4seg_pl.lab.cache import Store
 from g4seg_pl.lab.cam_weights import CamRecipe, cam_weights
@@ -167,3 +168,14 @@ def test_a_broken_training_goes_on_behind_its_last_part(
     assert resumed.keys() == whole.keys()
     # Not bit by bit: the order within a part is drawn anew.
     assert (resumed["head.weight"] - whole["head.weight"]).abs().max() < 0.1
+
+
+def test_the_command_trains_the_classifier_that_makers_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "CamRecipe", lambda: RECIPE)
+    assert command.main(["cam", "--store", str(tmp_path), "--quiet"]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    before = path.stat().st_mtime_ns
+    assert cam_weights(Store(tmp_path), RECIPE) == path
+    assert path.stat().st_mtime_ns == before, "trained twice"
