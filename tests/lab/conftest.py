@@ -10,6 +10,7 @@ from g4seg_pl.lab.cache import Store
 from g4seg_pl.lab.choose import choose
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.models import Models
+from g4seg_pl.lab.runner import Runner
 
 STEPS = "g4seg_pl.core.steps."
 CONTROLS = "g4seg_pl.core.controls."
@@ -82,6 +83,11 @@ def make_lab(models: Models, folder: Path, **options: Any) -> Lab:
 @pytest.fixture(scope="session")
 def models(sd1_folder: Path, clip_folder: Path) -> Models:
     return Models(sd1_folder, clip_folder, device="cpu")
+
+
+@pytest.fixture
+def runner(models: Models, tmp_path: Path) -> Runner:
+    return Runner(models, Store(tmp_path))
 
 
 @pytest.fixture(scope="session")
