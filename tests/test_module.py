@@ -54,10 +54,10 @@ class Collect(pl.Callback):
         self.found |= {item.image_id: item for item in outputs}
 
 
-def predicted(module: G4SegModule, datamodule: VOCDataModule) -> dict[str, Any]:
+def predicted(module: G4SegModule, datamodule: VOCDataModule, **options: Any) -> dict[str, Any]:
     """All predictions by id."""
     collect = Collect()
-    trainer(collect).predict(module, datamodule, return_predictions=False)
+    trainer(collect, **options).predict(module, datamodule, return_predictions=False)
     return collect.found
 
 

@@ -138,8 +138,6 @@ class ControlledGenerator(nn.Module):
     without injection, such as that of guidance without a prompt, gets no ControlNet either.
     """
 
-    alphas_cumprod: Tensor
-
     def __init__(
         self,
         generator: StableDiffusion,
@@ -163,7 +161,6 @@ class ControlledGenerator(nn.Module):
         self.scale = scale
         self.colours = dict(colours or {})
         self.background = background
-        self.register_buffer("alphas_cumprod", generator.alphas_cumprod, persistent=False)
         self.eval().requires_grad_(requires_grad=False)
 
     @property
@@ -180,6 +177,11 @@ class ControlledGenerator(nn.Module):
     def prediction_type(self) -> PredictionType:
         """What ``denoise`` returns."""
         return self.generator.prediction_type
+
+    @property
+    def alphas_cumprod(self) -> Float[Tensor, " t"]:
+        """The schedule's ᾱ_t of the generator."""
+        return self.generator.alphas_cumprod
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """Return the generator's scaled latents of images in [-1, 1]."""

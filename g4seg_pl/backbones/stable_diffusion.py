@@ -64,7 +64,7 @@ class StableDiffusion(nn.Module):
 
     _kind: Kind = "stable_diffusion"
 
-    alphas_cumprod: Tensor
+    _alphas_cumprod: Tensor
 
     def __init__(self, components: Components, embedded_guidance: float = 0.0) -> None:
         """Take loaded parts; they are frozen, set to evaluation and laid out channels last.
@@ -89,7 +89,7 @@ class StableDiffusion(nn.Module):
         self.tokenizer = components.tokenizer
         schedule = components.scheduler
         self._prediction_type: PredictionType = schedule.config.prediction_type
-        self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.float(), persistent=False)
+        self.register_buffer("_alphas_cumprod", schedule.alphas_cumprod.float(), persistent=False)
         self._image_size = _image_size(components)
         self.embedded_guidance = _checked_guidance(components, embedded_guidance)
         self.eval().requires_grad_(requires_grad=False)
@@ -130,6 +130,11 @@ class StableDiffusion(nn.Module):
     def prediction_type(self) -> PredictionType:
         """What ``denoise`` returns, as the model's own scheduler configuration says."""
         return self._prediction_type
+
+    @property
+    def alphas_cumprod(self) -> Float[Tensor, " t"]:
+        """The schedule's ᾱ_t, float32, on the networks' device."""
+        return self._alphas_cumprod
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """Return the scaled mode of the latent posterior, float32.

@@ -26,6 +26,7 @@ PARTS = {
     "processes": "g4seg_pl.bench.processes:processes",
     "memory": "g4seg_pl.bench.memory:memory",
     "contest": "g4seg_pl.bench.contest:contest",
+    "throughput": "g4seg_pl.bench.throughput:throughput",
     "compile": "g4seg_pl.bench.compile:compile_blocks",
 }
 """Parts of the benchmark by name; each yields rows, later ones in place of earlier ones."""

@@ -1,4 +1,4 @@
-"""Each part at the tiny size, the command around them, and the GPU's bars where there is one."""
+"""Each part at the tiny size, and the command around them."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from g4seg_pl.bench import cache, command, decoder, resume, scaling
+from g4seg_pl.bench import cache, command, decoder, resume, scaling, stage, throughput, timing
 from g4seg_pl.bench.allocation import peak_allocated
 from g4seg_pl.bench.compile import compile_blocks
 from g4seg_pl.bench.injection import injection
@@ -240,10 +240,24 @@ def test_scaling_and_profile_say_what_costs(
     assert "Self CPU" in capsys.readouterr().out
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.timeout(1200)
-def test_bars_hold_on_a_gpu(tmp_path: Path) -> None:
-    parts = ["contest", "injection", "match", "steps"]
-    words = ["bench", "--size", "sd21", "--device", "cuda", "--work", str(tmp_path)]
-    assert main([*words, "--only", *parts]) == 0
+def test_throughput_counts_from_the_second_batch_to_the_last_file(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "BATCHES", 3)
+    masks = setting.out("throughput") / "masks"
+    files: list[int] = []
+
+    class Counted(timing.Stopwatch):
+        def start(self) -> None:
+            files.append(len(list(masks.glob("*.png"))))
+            super().start()
+
+    monkeypatch.setattr(stage, "Stopwatch", Counted)
+    rows = {row.name: row for row in throughput.throughput(setting)}
+    first = throughput.IMAGES_A_BATCH
+    # Run by run, the files of the one before are there until they are replaced.
+    assert files[:2] == [0, first]
+    assert len(list(masks.glob("*.png"))) == 3 * first
+    assert rows["throughput: g4seg / floor"].value > 0
+    assert "24 masks" in rows["throughput: g4seg, a mask"].detail
+    assert all(row.bar is None for row in rows.values())

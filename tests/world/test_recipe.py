@@ -27,10 +27,8 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
+def miniature(root: Path) -> argparse.Namespace:
     """Two optimiser steps of every stage, the U-Net stopped and resumed."""
-    root = tmp_path_factory.mktemp("recipe")
     options = argparse.Namespace(
         cache=root / "cache",
         out=root / "train",
@@ -52,6 +50,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
         options.steps = 3
         train.train_unet(options)
     return options
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
+    """The recipe in miniature, on whatever this machine has."""
+    return miniature(tmp_path_factory.mktemp("recipe"))
 
 
 def test_unet_resumes_where_it_stopped(trained: argparse.Namespace) -> None:
