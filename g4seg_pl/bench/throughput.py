@@ -24,7 +24,6 @@ IMAGES_A_BATCH = 6  # of 1, 2, 3, 1, 2, 3 classes: always twelve masks
 BATCHES = 8
 WORKERS = 2
 PLAIN_IMAGES = 3
-NAMES = ("g4seg", "tuned")
 
 
 class WarmWriter(TimedWriter):
@@ -66,30 +65,35 @@ def throughput(setting: Setting) -> Iterator[Row]:
     inputs = write_inputs(folder, setting.size.native, IMAGES_A_BATCH * BATCHES)
     masks_a_batch = sum(list(inputs.counts.values())[:IMAGES_A_BATCH])
     stage = Stage(setting.models, setting.device, setting.dtype, masks_per_pass=masks_a_batch)
-    runs = {name: partial(_run, setting, stage, inputs, name == "tuned") for name in NAMES}
+    run = partial(_run, setting, stage, inputs)
     with PeakMemory(setting.device) as memory:
-        runs["g4seg"]()
+        run()
     floor = Floor(
         cast(StableDiffusion, stage.module.generator),
         cast(TransformersClipFeatures, stage.module.features),
         batch=masks_a_batch,
     )
-    spent: dict[str, list[Spent]] = {name: [] for name in (*NAMES, "floor")}
+    masks = masks_a_batch * (BATCHES - 1)
+    own: list[Spent] = []
+    bare: list[Spent] = []
     for _ in range(setting.rounds):
-        for name, run in runs.items():
-            spent[name].append(run())
+        own.append(run())
         stage.module.to(setting.device)  # Lightning leaves the networks on the CPU
         floor.images(IMAGES_A_BATCH, masks_a_batch)
-        spent["floor"].append(_floor(floor, masks_a_batch))
-    yield from _rows(setting, spent, masks_a_batch * (BATCHES - 1))
+        bare.append(_floor(floor, masks_a_batch))
+        yield from _rows(setting, own, bare, masks)
     total = memory.bytes / 1e9
     detail = "most in use during a run, the weights included" if on_gpu else "beyond the weights"
     bar = setting.bar(6) if on_gpu else None
     yield Row("throughput: memory", total, "GB", bar, detail)
-    yield from _plain_rows(setting, inputs, middle(spent["g4seg"]) / masks_a_batch / (BATCHES - 1))
+    yield from _plain_rows(setting, inputs, middle(own) / masks)
+    tuned = [run(tuned=True)]
+    detail = f"{describe_pairs(tuned, own[-1:])}; trainer.benchmark seeks cuDNN's fastest kernels"
+    name = "throughput: trainer.benchmark / none"
+    yield Row(name, ratio(tuned, own[-1:]), "×", None, detail)
 
 
-def _run(setting: Setting, stage: Stage, inputs: Inputs, tuned: bool) -> Spent:
+def _run(setting: Setting, stage: Stage, inputs: Inputs, *, tuned: bool = False) -> Spent:
     writer = WarmWriter(setting.out("throughput"), override=True)
     data = inputs.data(batch_size=IMAGES_A_BATCH, num_workers=WORKERS)
     before = torch.backends.cudnn.benchmark
@@ -107,9 +111,10 @@ def _floor(floor: Floor, masks: int) -> Spent:
     return watch.spent
 
 
-def _rows(setting: Setting, spent: dict[str, list[Spent]], masks: int) -> Iterator[Row]:
+def _rows(
+    setting: Setting, own: Sequence[Spent], floor: Sequence[Spent], masks: int
+) -> Iterator[Row]:
     on_gpu = setting.device.type == "cuda"
-    own, tuned, floor = spent["g4seg"], spent["tuned"], spent["floor"]
     held = (
         f"{masks} masks by {IMAGES_A_BATCH} images, {WORKERS} reading processes, first batch left "
         f"out; {setting.machine}"
@@ -119,8 +124,6 @@ def _rows(setting: Setting, spent: dict[str, list[Spent]], masks: int) -> Iterat
     yield Row("throughput: g4seg / floor", ratio(own, floor), "×", bar, detail)
     bar = setting.bar(60) if on_gpu else None
     yield Row("throughput: g4seg, a mask", 1e3 * middle(own) / masks, "ms", bar, held)
-    detail = f"{describe_pairs(tuned, own)}; trainer.benchmark: cuDNN's fastest kernels are sought"
-    yield Row("throughput: cudnn.benchmark / none", ratio(tuned, own), "×", None, detail)
 
 
 def _plain_rows(setting: Setting, inputs: Inputs, own: float) -> Iterator[Row]:
