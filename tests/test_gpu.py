@@ -79,8 +79,6 @@ def assert_alike(found: Tensor, expected: Tensor, share: float = 0.99) -> None:
 def test_step_moves_masks_as_on_the_cpu(
     name: str, folder: str, clip_folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    if name == "null-text" and folder in ("sdxl_folder", "lcm_folder"):
-        pytest.skip("inverts Stable Diffusion alone")
     model = str(request.getfixturevalue(folder))
     samples = [
         sample_of("a", 40, 60, ("dog", "cat")),
@@ -145,12 +143,17 @@ def test_half_precision_stays_near(dtype: Any, tmp_path: Path, sd1_folder: Path)
         data(tmp_path),
         accelerator="gpu",
     )
-    on_cpu = predicted(G4SegModule(str(sd1_folder)), data(tmp_path))
+    on_cpu, seeds = (
+        predicted(G4SegModule(str(sd1_folder), update), data(tmp_path))
+        for update in (None, [Blur(sigma=0.0)])
+    )
     for name in IDS:
         found = on_gpu[name]
         assert isinstance(found, RefinedMask)
-        # β leaves a tenth, whichever partner half precision takes.
-        assert (found.foreground.cpu() - on_cpu[name].foreground).abs().max() <= 0.11
+        expected, seed = on_cpu[name].foreground, seeds[name].foreground
+        # A match may fall elsewhere, but not most: the change is the CPU's, not none or another.
+        off = (found.foreground.cpu() - expected).abs().mean()
+        assert off < 0.5 * (seed - expected).abs().mean()
 
 
 def test_seeds_are_those_of_the_cpu() -> None:
