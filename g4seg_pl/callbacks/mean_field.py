@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 SMALLEST_PROBABILITY = 1e-5
 
 Preset = Literal[
-    "clip_es", "more", "irn", "seam", "weaktr", "weaktr_online", "toco", "toco_seg", "afa"
+    "clip_es",
+    "more",
+    "irn",
+    "seam",
+    "mctformer",
+    "weaktr",
+    "weaktr_online",
+    "toco",
+    "toco_seg",
+    "afa",
 ]
 
 
@@ -57,9 +66,8 @@ def preset(name: Preset) -> CRFSettings:
     Args:
         name: ``clip_es`` (also WeakTr's online COCO run), ``more`` (MoRe's pseudo-labels: the
             same numbers), ``irn``, ``seam`` (also PSA and the usual pydensecrf default),
-            ``weaktr`` (MCTformer's, with its softmax; WeakTr itself has the same numbers on
-            labels, ``unary="labels"`` at 0.7), ``weaktr_online``, ``toco``, ``toco_seg`` (its
-            segmentation evaluation), ``afa``.
+            ``mctformer``, ``weaktr`` (the same numbers on labels), ``weaktr_online``, ``toco``,
+            ``toco_seg`` (its segmentation evaluation), ``afa``.
 
     Returns:
         settings made for VOC-sized pictures; see :meth:`CRFSettings.scaled`.
@@ -71,8 +79,10 @@ def preset(name: Preset) -> CRFSettings:
             return CRFSettings(3, 3, 50, 5, 10, unary="labels", label_confidence=0.7)
         case "seam":
             return CRFSettings(3, 3, 80, 13, 10)
-        case "weaktr":
+        case "mctformer":
             return CRFSettings(4, 3, 83, 5, 3)
+        case "weaktr":
+            return CRFSettings(4, 3, 83, 5, 3, unary="labels", label_confidence=0.7)
         case "weaktr_online":
             return CRFSettings(3, 3, 83, 5, 3)
         case "toco":

@@ -24,7 +24,8 @@ PUBLISHED: dict[str, tuple[float, float, float, float, float, str]] = {
     "more": (1, 3, 67, 3, 4, "softmax"),
     "irn": (3, 3, 50, 5, 10, "labels"),
     "seam": (3, 3, 80, 13, 10, "softmax"),
-    "weaktr": (4, 3, 83, 5, 3, "softmax"),  # the unary is MCTformer's
+    "mctformer": (4, 3, 83, 5, 3, "softmax"),
+    "weaktr": (4, 3, 83, 5, 3, "labels"),
     "weaktr_online": (3, 3, 83, 5, 3, "softmax"),
     "toco": (3, 3, 36, 3, 4, "softmax"),
     "toco_seg": (1, 1, 121, 5, 4, "softmax"),
