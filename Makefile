@@ -7,9 +7,8 @@ LAB := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=2000
 	$(BIN)/python -m g4seg_pl.lab
 
 # Generators of growing training, from the history of this repository (not in a shallow clone).
-CHECKPOINTS := $(addprefix outputs/lab/checkpoints/,first second 4350-steps 8750-steps)
+CHECKPOINTS := $(addprefix outputs/lab/checkpoints/,first 4350-steps 8750-steps)
 outputs/lab/checkpoints/first: COMMIT := e3a9026
-outputs/lab/checkpoints/second: COMMIT := fe0b17e
 outputs/lab/checkpoints/4350-steps: COMMIT := 6bffbcb
 outputs/lab/checkpoints/8750-steps: COMMIT := 81bb0f3
 
@@ -44,8 +43,8 @@ test: lint
 PROCESSES ?= 2
 ONE := OMP_NUM_THREADS=1 $(LAB)
 CHOICES := choose-gradcam choose-degraded choose-cross_attention
-TABLES := lab-sensitivity lab-signals lab-groups lab-words lab-refiners lab-likelihood lab-makers \
-	lab-claim lab-rest
+TABLES := lab-sensitivity lab-signals lab-makers lab-refiners lab-groups lab-words lab-claim \
+	lab-likelihood lab-rest
 .PHONY: lab-cam $(CHOICES) $(TABLES)
 lab: .venv/test.stamp $(CHECKPOINTS)
 	$(MAKE) -j$(PROCESSES) lab-cam $(CHOICES)
