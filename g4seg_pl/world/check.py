@@ -30,6 +30,8 @@ from g4seg_pl.world.scenes import CLASS_NAMES
 
 # Far from the scenes of demo and laboratory, which begin at 0.
 FIRST = 500_000
+# Pixels of a class in a scene of 64×64.
+SMALL = 240
 PROMPTS = tuple(f"a photo of {name}" for name in CLASS_NAMES)
 
 
@@ -51,12 +53,18 @@ class Gate:
 @torch.inference_mode()
 def autoencoder_gates(generator: StableDiffusion, judge: SceneClassifier) -> list[Gate]:
     """PSNR, and the judge's recall on reconstructions over that on originals."""
-    images, _, presence = held_out("val", 300, first=FIRST)
+    images, masks, presence = held_out("val", 300, first=FIRST)
     decoded = generator.decode(generator.encode(images))
     error = ((decoded - images) / 2).square().mean((1, 2, 3))
     recalls = [recall(judge, each, presence) for each in (images, decoded)]
     psnr = float((-10 * error.log10()).mean())
-    detail = f"{recalls[1]:.3f} on reconstructions, {recalls[0]:.3f} on originals"
+    labels = range(1, presence.shape[1] + 1)
+    area = torch.stack([(masks == label).sum((1, 2)) for label in labels], dim=1)
+    small = [recall(judge, each, presence * (area < SMALL)) for each in (images, decoded)]
+    detail = (
+        f"{recalls[1]:.3f} on reconstructions, {recalls[0]:.3f} on originals; of classes below "
+        f"{SMALL} pixels {small[1]:.3f} and {small[0]:.3f}"
+    )
     return [
         Gate("VAE PSNR, dB", psnr, 26.0, "300 scenes"),
         Gate("VAE recall kept", recalls[1] / recalls[0], 0.9, detail),
