@@ -45,17 +45,21 @@ ONE := OMP_NUM_THREADS=1 $(LAB)
 CHOICES := choose-gradcam choose-degraded choose-cross_attention
 TABLES := lab-sensitivity lab-signals lab-makers lab-refiners lab-groups lab-words lab-claim \
 	lab-likelihood lab-rest
-.PHONY: lab-cam $(CHOICES) $(TABLES)
+.PHONY: lab-cam lab-chosen $(CHOICES) $(TABLES)
 lab: .venv/test.stamp $(CHECKPOINTS)
-	$(MAKE) -j$(PROCESSES) lab-cam $(CHOICES)
-	$(LAB) choose  # all kinds, from the results these have kept
-	$(MAKE) -j$(PROCESSES) $(TABLES)
+	$(MAKE) -j$(PROCESSES) AFTER=lab-chosen $(CHOICES) lab-cam $(TABLES)
 	$(LAB) costs failures signal_pictures report
+
+# A table by itself takes the settings that are there; in `make lab` all of them wait for new ones.
+$(TABLES): $(AFTER)
 
 $(CHOICES): choose-%:
 	$(ONE) choose --kinds $* --results outputs/lab/$@
 
-lab-cam:  # the classifier of makers
+lab-chosen: $(CHOICES)  # all kinds, from the results these have kept
+	$(ONE) choose
+
+lab-cam:  # the classifier of makers: without bfloat16 an hour, so that nothing else waits for it
 	$(ONE) cam
 lab-sensitivity:
 	$(ONE) sensitivity
@@ -70,7 +74,7 @@ lab-refiners:
 	$(ONE) controls --kinds gradcam  # those of the other kinds are among the refiners
 lab-likelihood:
 	$(ONE) likelihood --kinds gradcam --noise-seeds 1
-lab-makers:
+lab-makers: lab-cam
 	$(ONE) makers --images 150 --noise-seeds 1
 lab-claim:
 	$(ONE) claim
