@@ -17,10 +17,9 @@ SEED_BACKGROUND = Threshold(0.1)
 
 _PAPER = Correspondence(
     timestep=100,
-    injection_weight=3.0,
+    injection_weight=30.0,
     beta=0.5,
     confidence_range=None,
-    match_size=32,
     binarise_at=SEED_BACKGROUND.value,
 )
 RECIPES: dict[str, tuple[UpdateStep, ...]] = {
@@ -30,12 +29,12 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
         Grounding(
             mixing=0.5,
             timestep=50,
+            draws=3,
             upsampling="joint_bilateral",
-            edge_epsilon=3e-3,
             threshold=SEED_BACKGROUND.value,
         ),
         ColourAffinity(
-            mixing=0.7,
+            mixing=0.5,
             size=32,
             sigma_colour=0.05,
             sigma_position=0.2,
@@ -51,7 +50,6 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
             beta=0.3,
             confidence_range=None,
             exclude_radius=2.5,
-            match_size=32,
             binarise_at=SEED_BACKGROUND.value,
         ),
     ),
@@ -63,7 +61,7 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
             size=32,
             sigma_colour=0.03,
             sigma_position=0.2,
-            norm="max",
+            norm="range",
             upsampling="joint_bilateral",
             threshold=SEED_BACKGROUND.value,
         ),
@@ -72,10 +70,8 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
     "word": (
         Grounding(
             mixing=1.0,
-            timestep=20,
-            draws=3,
+            timestep=100,
             upsampling="joint_bilateral",
-            edge_epsilon=3e-3,
             threshold=SEED_BACKGROUND.value,
         ),
     ),
@@ -83,13 +79,13 @@ RECIPES: dict[str, tuple[UpdateStep, ...]] = {
 
 
 def chosen_features() -> VAEFeatures:
-    """F of Eq. 8: the first block of the autoencoder's encoder, on images of twice the size."""
-    return VAEFeatures(level=0, image_size=128)
+    """F of Eq. 8: the third block of the autoencoder's encoder, on images of twice the size."""
+    return VAEFeatures(level=2, image_size=128)
 
 
 # Where each row's labels begin, chosen with its steps.
 BACKGROUNDS: dict[str, Threshold] = dict.fromkeys(("seed", *RECIPES), SEED_BACKGROUND) | {
     "g4seg-best": Threshold(0.2),
-    "guided+colour-affinity": Threshold(0.5),
-    "word": Threshold(0.25),
+    "guided+colour-affinity": Threshold(0.3),
+    "word": Threshold(0.3),
 }
