@@ -17,7 +17,8 @@ def steps_of(recipe: Recipe) -> tuple[UpdateStep, ...]:
     world: along the image's edges, half-way to where the generator attends to the class's word,
     along colours (configs/refine/best.yaml has the same steps; docs/signals.md says what carries
     over to Stable Diffusion and what cannot be known there). Its timestep is the one at which
-    DiffSegmenter reads Stable Diffusion's attention; the scenes' own is 50.
+    DiffSegmenter reads Stable Diffusion's attention, in one draw of noise; the scenes' own is 50, in
+    three.
 
     Raises:
         ValueError: there is no such recipe.
@@ -29,11 +30,9 @@ def steps_of(recipe: Recipe) -> tuple[UpdateStep, ...]:
             return (
                 # One and a half cells of a seed of 32 x 32, as chosen on the scenes' 8 x 8.
                 EdgeFilter(kind="guided", radius=24, epsilon=1e-4),
-                Grounding(
-                    mixing=0.5, timestep=100, upsampling="joint_bilateral", edge_epsilon=3e-3
-                ),
+                Grounding(mixing=0.5, timestep=100, upsampling="joint_bilateral"),
                 ColourAffinity(
-                    mixing=0.7,
+                    mixing=0.5,
                     size=64,
                     sigma_colour=0.05,
                     sigma_position=0.2,
