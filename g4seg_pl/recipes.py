@@ -17,8 +17,8 @@ def steps_of(recipe: Recipe) -> tuple[UpdateStep, ...]:
     world: along the image's edges, half-way to where the generator attends to the class's word,
     along colours (configs/refine/best.yaml has the same steps; docs/signals.md says what carries
     over to Stable Diffusion and what cannot be known there). Its timestep is the one at which
-    DiffSegmenter reads Stable Diffusion's attention, in one draw of noise; the scenes' own is 50, in
-    three.
+    DiffSegmenter reads Stable Diffusion's attention, in one draw of noise; the scenes' own is 50,
+    in three.
 
     Raises:
         ValueError: there is no such recipe.
