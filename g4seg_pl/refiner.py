@@ -271,8 +271,8 @@ class G4SegRefiner:
         Returns:
             One a sample; a sample without masks has no findings.
         """
-        seeds = [sample.seed.scores.float().cpu() for sample in samples]
-        results = [Refinement(seed) for seed in seeds]
+        seeds = [sample.seed.scores.float().to(self._resizes_on) for sample in samples]
+        results = [Refinement(seed.cpu()) for seed in seeds]
         occupied = [index for index, seed in enumerate(seeds) if len(seed)]
         if not occupied:
             return results
@@ -281,11 +281,11 @@ class G4SegRefiner:
         context = self.context([samples[index] for index in occupied])
         after = refine(torch.cat(before).to(context.images.device), context, self.steps, callback)
         counts = [len(part) for part in before]
-        found = _findings(context, counts)
-        parts = torch.split(after.float().cpu(), counts)
+        found = _findings(context, counts, self._resizes_on)
+        parts = torch.split(after.float().to(self._resizes_on), counts)
         for place, index in enumerate(occupied):
             seed = seeds[index]
-            foreground = apply_change(seed, before[place], parts[place])
+            foreground = apply_change(seed, before[place], parts[place]).cpu()
             native = {name: _to_native(parts[place], seed) for name, parts in found.items()}
             results[index] = Refinement(foreground, **native)
         return results
@@ -294,7 +294,8 @@ class G4SegRefiner:
         """Return what update steps share about a batch of samples, at working size."""
         size = (self.working_size, self.working_size)
         device = self.generator.alphas_cumprod.device
-        images = torch.stack([image_to_working(sample.image, size) for sample in samples])
+        pixels = (sample.image.to(self._resizes_on) for sample in samples)
+        images = torch.stack([image_to_working(each, size) for each in pixels])
         counts = torch.tensor([len(sample.class_names) for sample in samples])
         return RefinementContext(
             images=images.to(device),
@@ -310,13 +311,25 @@ class G4SegRefiner:
             cache=self.cache,
         )
 
+    @property
+    def _resizes_on(self) -> torch.device:
+        """Where images and masks are resized: the CPU would keep a CUDA GPU waiting.
 
-def _findings(context: RefinementContext, counts: list[int]) -> dict[str, Sequence[Tensor]]:
+        Other accelerators lack the smoothing resize.
+        """
+        device = self.generator.alphas_cumprod.device
+        return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _findings(
+    context: RefinementContext, counts: list[int], place: torch.device
+) -> dict[str, Sequence[Tensor]]:
     """What the run's steps kept about the masks, one tensor an image."""
-    kept = {name: rows.float().cpu() for name, rows in context.kept.items() if name in FINDINGS}
+    kept = {n: rows.float().to(place) for n, rows in context.kept.items() if n in FINDINGS}
     return {name: torch.split(rows, counts) for name, rows in kept.items()}
 
 
 def _to_native(rows: Tensor, seed: Tensor) -> Tensor:
-    """Numbers as they are; maps at the seed's own size."""
-    return rows if rows.ndim == 1 else masks_to_working(rows, (seed.shape[1], seed.shape[2]))
+    """Numbers as they are; maps at the seed's own size; on the CPU."""
+    size = (seed.shape[1], seed.shape[2])
+    return (rows if rows.ndim == 1 else masks_to_working(rows, size)).cpu()

@@ -43,6 +43,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore:.*weights_only"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),  # that is what is compared
     pytest.mark.filterwarnings("ignore:.*Precision bf16-mixed is not supported by the model"),
 ]
 

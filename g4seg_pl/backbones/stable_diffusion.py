@@ -23,6 +23,7 @@ from g4seg_pl.backbones.kinds import Kind
 from g4seg_pl.backbones.loading import Components, load_components
 from g4seg_pl.backbones.text import mark_tokens, tokenise
 from g4seg_pl.core.injection import Injection
+from g4seg_pl.core.layout import in_slices, laid_out
 from g4seg_pl.core.protocols import AttentionRecord, PredictionType
 from g4seg_pl.types import ConfigurationError
 
@@ -143,9 +144,12 @@ class StableDiffusion(nn.Module):
             images: in [-1, 1]; sides are multiples of the autoencoder's factor.
         """
         config = self.vae.config
-        posterior = self.vae.encode(self._laid_out(images, self.vae)).latent_dist
-        latents = _at_least_float32(posterior.mode())
-        return (latents - (config.shift_factor or 0)) * float(config.scaling_factor)
+        modes = in_slices(self._mode, images, images.shape[2] * images.shape[3])
+        return (modes - (config.shift_factor or 0)) * float(config.scaling_factor)
+
+    def _mode(self, images: Tensor) -> Tensor:
+        posterior = self.vae.encode(_laid_out(images, self.vae)).latent_dist
+        return _at_least_float32(posterior.mode())
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """Return float32 images clamped to [-1, 1].
@@ -153,13 +157,17 @@ class StableDiffusion(nn.Module):
         Args:
             latents: scaled, as ``encode`` returns them.
         """
+        height, width = (side * self._factor for side in latents.shape[2:])
+        return in_slices(self._decode, latents, height * width)
+
+    def _decode(self, latents: Tensor) -> Tensor:
         network: AutoencoderKL | AutoencoderTiny = (
             self.vae if self.decoder is None else self.decoder
         )
         # Each by its own numbers: a tiny decoder's scaling factor is 1.
         config = network.config
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0)
-        images: Tensor = network.decode(self._laid_out(unscaled, network)).sample
+        images: Tensor = network.decode(_laid_out(unscaled, network)).sample
         return _at_least_float32(images).clamp(-1, 1)
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "b l d"]:
@@ -268,7 +276,7 @@ class StableDiffusion(nn.Module):
         embeddings: Tensor,
         residuals: Residuals | None = None,
     ) -> Tensor:
-        sample = self._laid_out(noisy, self.unet)
+        sample = _laid_out(noisy, self.unet)
         told = self.conditions(noisy, embeddings)
         output: Tensor = self.unet(
             sample,
@@ -302,9 +310,14 @@ class StableDiffusion(nn.Module):
         levels = len(self.unet.config.block_out_channels)
         return token_grids(noisy.shape[2], noisy.shape[3], levels)
 
-    def _laid_out(self, tensor: Tensor, network: nn.Module) -> Tensor:
-        weight = next(network.parameters())
-        return tensor.to(weight).contiguous(memory_format=torch.channels_last)
+    @property
+    def _factor(self) -> int:
+        """Pixels of an image beside each other that one of a latent stands for."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+
+def _laid_out(tensor: Tensor, network: nn.Module) -> Tensor:
+    return laid_out(tensor, next(network.parameters()))
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -81,6 +81,29 @@ def test_coding_is_the_autoencoders(
         torch.testing.assert_close(generator.decode(latents), decoded, rtol=1e-4, atol=1e-5)
 
 
+def test_autoencoder_takes_few_large_pictures_at_once(
+    generator: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.rand(5, 3, 64, 48) * 2 - 1
+    with torch.no_grad():
+        latents = generator.encode(images)
+        expected = generator.decode(latents)
+        monkeypatch.setattr("g4seg_pl.core.layout._PIXELS", 2 * 64 * 48)
+        taken: list[int] = []
+        hooks = [
+            part.register_forward_hook(lambda _, given, __: taken.append(len(given[0])))
+            for part in (generator.vae.encoder, generator.vae.decoder)
+        ]
+        torch.testing.assert_close(generator.encode(images), latents, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(generator.decode(latents), expected, rtol=1e-4, atol=1e-5)
+        assert taken == [2, 2, 1] * 2
+        monkeypatch.setattr("g4seg_pl.core.layout._PIXELS", 1)  # a picture above the bound alone
+        generator.encode(images[:2])
+    assert taken[6:] == [1, 1]
+    for hook in hooks:
+        hook.remove()
+
+
 def test_denoising_is_the_untouched_unet_bit_for_bit(
     generator: StableDiffusion, noisy: Tensor
 ) -> None:

@@ -27,6 +27,10 @@ def test_a_class_must_exceed_the_threshold() -> None:
     assert not compose_label(torch.full((1, 2, 2), 0.5), (1,), Threshold(0.5)).any()
 
 
+def test_first_of_equal_classes_wins() -> None:
+    assert (compose_label(torch.full((2, 2, 2), 0.6), (9, 5), Threshold(0.5)) == 9).all()
+
+
 def test_without_maps_all_is_background() -> None:
     labels = compose_label(torch.zeros(0, 4, 3), (), Threshold())
     assert labels.shape == (4, 3)
