@@ -271,8 +271,8 @@ class G4SegRefiner:
         Returns:
             One a sample; a sample without masks has no findings.
         """
-        seeds = [sample.seed.scores.float().to(self._resizes_on) for sample in samples]
-        results = [Refinement(seed.cpu()) for seed in seeds]
+        results = [Refinement(sample.seed.scores.float().cpu()) for sample in samples]
+        seeds = [result.foreground.to(self._resizes_on) for result in results]
         occupied = [index for index, seed in enumerate(seeds) if len(seed)]
         if not occupied:
             return results

@@ -20,7 +20,8 @@ from g4seg_pl.recipes import steps_of
 from g4seg_pl.refiner import G4SegRefiner
 from g4seg_pl.types import Sample
 
-# As chosen on the embedded world's validation scenes with Grad-CAM seeds (docs/results.md).
+# As once chosen on the embedded world's validation scenes with Grad-CAM seeds; the present choice
+# (docs/results.md) draws noise twice, which would say nothing of the step's own cost.
 AFFINITY = Affinity(
     timestep=100,
     power=2.0,
