@@ -47,7 +47,7 @@ TABLES := lab-sensitivity lab-signals lab-makers lab-refiners lab-groups lab-wor
 	lab-likelihood lab-rest
 .PHONY: lab-cam lab-chosen $(CHOICES) $(TABLES)
 lab: .venv/test.stamp $(CHECKPOINTS)
-	$(MAKE) -j$(PROCESSES) AFTER=lab-chosen $(CHOICES) lab-cam $(TABLES)
+	$(MAKE) -j$(PROCESSES) AFTER=lab-chosen lab-cam $(CHOICES) $(TABLES)
 	$(LAB) costs failures signal_pictures report
 
 # A table by itself takes the settings that are there; in `make lab` all of them wait for new ones.
@@ -59,7 +59,7 @@ $(CHOICES): choose-%:
 lab-chosen: $(CHOICES)  # all kinds, from the results these have kept
 	$(ONE) choose
 
-lab-cam:  # the classifier of makers: without bfloat16 an hour, so that nothing else waits for it
+lab-cam:  # the classifier of makers: without bfloat16 half an hour, for which nothing else waits
 	$(ONE) cam
 lab-sensitivity:
 	$(ONE) sensitivity

@@ -55,7 +55,8 @@ def words(lab: Lab, checkpoints: Sequence[Path] = ()) -> Table:
         lab: models and store.
         checkpoints: further generators, of growing training for instance, named by their folders.
 
-    Generators other than the lab's own are told the right class and a wrong one, nothing else.
+    Generators other than the lab's own are told the right class and a wrong one, nothing else, and
+    take no gradient, which costs three times the rest.
     """
     kind = lab.kinds[0]
     rows: list[dict[str, Cell]] = []
@@ -63,10 +64,12 @@ def words(lab: Lab, checkpoints: Sequence[Path] = ()) -> Table:
     for folder in checkpoints:
         generators[folder.name] = Models(folder, lab.models.clip, lab.models.device)
     chosen = named(lab, kind, ("g4seg", "affinity", "gradient", "best"))
+    lean = [way for way in chosen if way.name != "gradient"]
     for name, models in generators.items():
         other = replace(lab, models=models)
-        ways = [each for way in chosen for each in prompts_and_injections(way)]
-        if models is not lab.models:
+        own = models is lab.models
+        ways = [each for way in (chosen if own else lean) for each in prompts_and_injections(way)]
+        if not own:
             ways = [way for way in ways if way.name.endswith((", right class", ", wrong class"))]
         # The seeds stay those of the lab's own models, whatever refines them.
         every = [Way("seed"), *ways]
