@@ -91,10 +91,9 @@ def test_floor_runs_where_the_stage_does(setting: Setting, monkeypatch: pytest.M
 @pytest.mark.slow
 def test_command_answers_every_question_of_the_contest(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    words = ["bench", "--size", "tiny", "--only", "contest", "match", "--json", str(file)]
+    words = ["bench", "--size", "tiny", "--only", "contest", "--json", str(file)]
     assert main([*words, "--images", "3", "--rounds", "1", "--work", str(tmp_path)]) == 0
     rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
-    assert rows["match: extra memory"]["ok"] is True
     assert rows["contest: soft maps, float32"]["ok"] is True
     assert rows["contest: labels, float32"]["ok"] is True
     for name in ("g4seg / floor", "plain / g4seg", "g4seg, a mask", "plain, memory"):
