@@ -199,7 +199,7 @@ def test_killed_process_goes_on_as_if_nothing_had_happened(root: Path) -> None:
     def command(run: str) -> list[str]:
         logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", run]
         logger += ["--trainer.logger.flush_logs_every_n_steps", "1", "--run", run]
-        steps = ["--trainer.max_steps", "12", "--trainer.log_every_n_steps", "1"]
+        steps = ["--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"]
         steps += ["--trainer.check_val_every_n_epoch", "1", "--data.batch_size", "1"]
         script = [sys.executable, str(REPOSITORY / "train_seg.py"), "fit"]
         base = words(root, "scenes_small")
@@ -216,5 +216,5 @@ def test_killed_process_goes_on_as_if_nothing_had_happened(root: Path) -> None:
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     subprocess.run(command("killed"), env=environment, check=True, capture_output=True)
-    assert len(losses(root / "whole")) == 12
+    assert len(losses(root / "whole")) == 6
     assert losses(root / "killed") == pytest.approx(losses(root / "whole"))
