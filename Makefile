@@ -35,9 +35,8 @@ lint: .venv/test.stamp
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-# From nothing: meant to fit three hours of two cores, and not yet seen whole at that; longer by a third
-# before CAM's classifier, other generators and feature spaces were given less. Every part resumes and
-# can be run by itself. Settings are chosen, and tables made, side by side, a thread each, in
+# From nothing: meant to fit three hours of two cores; not yet seen whole. Every part resumes and can be
+# run by itself. Settings are chosen, and tables made, side by side, a thread each, in
 # $(PROCESSES) processes: results are kept by what determines them, wherever they were made.
 PROCESSES ?= 2
 ONE := OMP_NUM_THREADS=1 $(LAB)

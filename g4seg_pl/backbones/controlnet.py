@@ -20,6 +20,7 @@ from g4seg_pl.backbones.control_image import (
 from g4seg_pl.backbones.kinds import read_part, require_hub_id
 from g4seg_pl.backbones.stable_diffusion import Residuals, StableDiffusion
 from g4seg_pl.core.injection import Injection
+from g4seg_pl.core.layout import laid_out
 from g4seg_pl.core.protocols import AttentionRecord, PredictionType
 from g4seg_pl.types import ConfigurationError
 
@@ -263,7 +264,7 @@ class ControlledGenerator(nn.Module):
         told = self.generator.conditions(noisy, embeddings)
         weight = next(self.controlnet.parameters())
         down, middle = self.controlnet(
-            noisy.to(weight).contiguous(memory_format=torch.channels_last),
+            laid_out(noisy, weight),
             timestep,
             encoder_hidden_states=told.text.to(weight.dtype),
             controlnet_cond=image.to(weight),

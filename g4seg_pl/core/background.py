@@ -101,7 +101,7 @@ def compose_label(
         raise ValueError(message)
     labels = foreground.new_zeros(foreground.shape[1:], dtype=torch.uint8)
     best = background(foreground)
-    # One class after the other: argmax over the few of them takes eight times as long on a CPU.
+    # One class after the other: argmax over the few of them takes far longer on a CPU.
     for label, scores in zip(class_ids, foreground, strict=True):
         labels = labels.masked_fill(scores > best, label)  # where scores tie, the first wins
         best = torch.maximum(best, scores)

@@ -8,7 +8,6 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 
-from g4seg_pl.core.layout import laid_out
 from g4seg_pl.features.base import (
     CLIP_MEAN,
     CLIP_STD,
@@ -74,7 +73,7 @@ class OpenClipFeatures(DenseFeatures):
         mean = getattr(visual, "image_mean", None) or CLIP_MEAN
         std = getattr(visual, "image_std", None) or CLIP_STD
         fitted = fit_to_patches(images, visual.patch_size, self.image_size)
-        patches = visual.conv1(laid_out(normalise(fitted, mean, std), visual.conv1.weight))
+        patches = visual.conv1(normalise(fitted, mean, std).to(visual.conv1.weight))
         grid = (patches.shape[2], patches.shape[3])
         tokens = self._encode(patches.flatten(2).transpose(1, 2), grid)
         if self.projected:

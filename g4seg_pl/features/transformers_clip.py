@@ -10,7 +10,6 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 
-from g4seg_pl.core.layout import laid_out
 from g4seg_pl.features.base import (
     CLIP_MEAN,
     CLIP_STD,
@@ -88,9 +87,8 @@ class TransformersClipFeatures(DenseFeatures):
         patch = config.patch_size
         fitted = fit_to_patches(images, (patch, patch), self.image_size)
         grid = (fitted.shape[2] // patch, fitted.shape[3] // patch)
-        weight = self.network.vision_model.embeddings.patch_embedding.weight
         states = self.network.vision_model(
-            laid_out(normalise(fitted, self.mean, self.std), weight),
+            normalise(fitted, self.mean, self.std).to(self.network.dtype),
             interpolate_pos_encoding=True,
             output_hidden_states=True,
         ).hidden_states

@@ -56,7 +56,7 @@ def words(lab: Lab, checkpoints: Sequence[Path] = ()) -> Table:
         checkpoints: further generators, of growing training for instance, named by their folders.
 
     Generators other than the lab's own are told the right class and a wrong one, nothing else, and
-    take no gradient, which costs three times the rest.
+    take no gradient, which costs as much as the rest together.
     """
     kind = lab.kinds[0]
     rows: list[dict[str, Cell]] = []
