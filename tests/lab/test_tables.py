@@ -70,6 +70,31 @@ def test_table_runs_and_resumes(
         assert any("feature-nn" in way or "self" in way for way in ways), "no control"
 
 
+def test_feature_spaces_have_further_noise_seeds_on_the_first_kind_alone(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refinement, "AXES", {})
+    monkeypatch.setattr(refinement, "READINGS", {})
+    space = {"class_path": "g4seg_pl.features.vae.VAEFeatures", "init_args": {"level": 0}}
+    two = replace(lab, kinds=("degraded", "cross_attention"), noise_seeds=(0, 1))
+    two.__dict__["chosen"] = lab.chosen | {"features": space | {"tried": [{"features": space}]}}
+    drawn: dict[str, int] = {}
+    lines = Lab.lines
+
+    def counted(self: Lab, kind: Any, ways: Any, features: Any = None) -> Any:
+        drawn.update({f"{kind}, {way.name}": len(self.noise_seeds) for way in ways})
+        return lines(self, kind, ways, features)
+
+    monkeypatch.setattr(Lab, "lines", counted)
+    rows = refinement.sensitivity(two).rows
+    for kind, seeds in (("degraded", 2), ("cross_attention", 1)):
+        ways = [str(row["way"]) for row in rows if row["seeds"] == kind]
+        (name,) = [way for way in ways if way.startswith("features")]
+        assert drawn[f"{kind}, {name}"] == seeds
+        assert drawn[f"{kind}, g4seg"] == 2
+        assert ways.count("seed") == 1
+
+
 def test_open_vocabulary_table(lab: Lab, tmp_path: Path) -> None:
     check(command.TABLES["open_vocabulary"](lab), tmp_path)
 
