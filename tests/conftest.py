@@ -1,5 +1,6 @@
 """Real but tiny models on disk, shared by the whole suite, and the shape checks of jaxtyping."""
 
+import gc
 import json
 import os
 import sys
@@ -45,6 +46,13 @@ from transformers import (  # noqa: E402
 # A busy machine is no failure of what is tested.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of collections of garbage, which took a second each with it."""
+    gc.collect()
+    gc.freeze()
+
 
 Version = Literal[1, 2, "lcm", "xl"]
 

@@ -52,8 +52,11 @@ def made(lab: Lab, sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.slow
-def test_the_table_has_every_maker_with_and_without_the_crf(made: Lab, tmp_path: Path) -> None:
+def test_the_table_has_every_maker_with_and_without_the_crf(
+    made: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("pydensecrf")
+    monkeypatch.setattr(table_of_makers, "CRF_BACKGROUNDS", (None, 0.5))
     table = makers(made, RECIPE, scenes=4)
     table.write(tmp_path)
     assert read_table(tmp_path / "makers.json").markdown() == table.markdown()

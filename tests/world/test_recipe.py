@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from g4seg_pl.world.classifier import SceneClassifier, disturbed
 from g4seg_pl.world.clip import ClipTask, fused
 from g4seg_pl.world.folders import GENERATOR
 from g4seg_pl.world.scenes import CLASS_NAMES
-from g4seg_pl.world.tiny import TinyDecoderTask
+from g4seg_pl.world.tiny import TinyDecoderTask, held_out_latents
 from g4seg_pl.world.unet import UNetTask, build_scheduler, draw_caption, warm_average
 
 pytestmark = [
@@ -28,7 +29,7 @@ pytestmark = [
 
 
 def miniature(root: Path) -> argparse.Namespace:
-    """Two optimiser steps of every stage, the U-Net stopped and resumed."""
+    """Two optimiser steps of every stage, the U-Net stopped and resumed, few scenes in each."""
     options = argparse.Namespace(
         cache=root / "cache",
         out=root / "train",
@@ -40,7 +41,9 @@ def miniature(root: Path) -> argparse.Namespace:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "SHARD", 80)
+        patch.setattr(train, "BATCH", 8)
         patch.setattr(train, "held_out", lambda split, count: data.held_out(split, 8))
+        patch.setattr(train, "held_out_latents", partial(held_out_latents, count=8))
         for stage in (train.train_teacher, train.train_vae, train.encode_latents):
             stage(options)
         train.train_tiny(options)
