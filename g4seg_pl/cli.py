@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def run_trainer(args: Sequence[str]) -> int:
     Raises:
         ConfigurationError: the arguments cannot be understood.
     """
-    _import_data_modules()
+    _import_named_classes()
     # What Lightning tells about itself would bury what the run says.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -129,12 +130,14 @@ def _make_cli(args: Sequence[str]) -> G4SegCLI:
     )
 
 
-def _import_data_modules() -> None:
-    """Import the bundled data sets, so that a bare name such as VOCDataModule is known."""
+def _import_named_classes() -> None:
+    """Import data sets and feature extractors: bare names are sought in what is imported."""
     import datamodules
 
     for name in datamodules.__all__:
         getattr(datamodules, name)
+    for module in ("open_clip", "transformers_clip"):
+        import_module(f"g4seg_pl.features.{module}")
 
 
 def _exit_status(cli: G4SegCLI) -> int:

@@ -1,5 +1,6 @@
 """The command line: dispatch, speed of help, errors, and whole runs in processes of their own."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -34,6 +35,37 @@ def test_help_is_fast_and_imports_no_torch(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert time.monotonic() - began < 1
     assert all(name in result.stdout for name in ("predict", "test", *COMMANDS))
+
+
+@pytest.mark.slow
+def test_feature_extractors_go_by_their_bare_names(tmp_path: Path) -> None:
+    """As the README has them, in a process that has imported nothing else of ours."""
+    probe = (
+        "import json, sys; from g4seg_pl.main import main;"
+        "sys.exit(str([main(words) for words in json.loads(sys.argv[1])]))"
+    )
+    write_voc(tmp_path)
+    option = "--model.features"
+    of_features = (
+        ("OpenClipFeatures", "ViT-B-16-quickgelu", "--model.features.pretrained", "openai"),
+        ("TransformersClipFeatures", "openai/clip-vit-base-patch16"),
+    )
+    runs = [
+        words("predict", tmp_path / "none", "out", f"{option}={name}", f"{option}.model", *model)
+        for name, *model in of_features
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", probe, json.dumps(runs)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    *said, statuses = result.stderr.splitlines()
+    assert statuses == "[1, 1]"
+    # What is missed is the generator, read after all arguments are understood.
+    assert sum(str(tmp_path / "none") in line for line in said) == 2, said
 
 
 def test_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:

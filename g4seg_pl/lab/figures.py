@@ -62,9 +62,7 @@ class PaperFigure:
         out.mkdir(parents=True, exist_ok=True)
         choices: list[Choice] = []
         told: list[str] = []
-        for row in self.plan["rows"]:
-            if self.options.rows is not None and self.options.rows not in row["row"]:
-                continue
+        for row in self.table.rows:
             reason = row.get("not_here") if self.options.world else row.get("needs")
             if reason:
                 told.append(f"{row['row']}: not drawn; {reason}.")

@@ -92,7 +92,7 @@ class PaperTable:
         options: of the command.
 
     Raises:
-        ConfigurationError: there is no such table, or neither world nor data is given.
+        ConfigurationError: there is no such table or row, or neither world nor data is given.
     """
 
     def __init__(self, options: Options) -> None:
@@ -106,6 +106,11 @@ class PaperTable:
             message = "give --world, or --data.root and --data.seeds (and --model.model)"
             raise ConfigurationError(message)
         self.plan: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        self.rows = [row for row in self.plan["rows"] if (options.rows or "") in row["row"]]
+        if not self.rows:
+            known = ", ".join(repr(row["row"]) for row in self.plan["rows"])
+            message = f"rows: none of {options.table} holds {options.rows!r}; there are {known}"
+            raise ConfigurationError(message)
         models = Models(options.model.model or GENERATOR, options.clip, options.model.device)
         self.lab = Lab(
             models,
@@ -127,9 +132,8 @@ class PaperTable:
     def table(self) -> Table:
         """Run every row that can be run and say why the others cannot."""
         rows: list[dict[str, Cell]] = []
-        for row in self.plan["rows"]:
-            if self.options.rows is None or self.options.rows in row["row"]:
-                rows += self._rows(row)
+        for row in self.rows:
+            rows += self._rows(row)
         world = self.options.world
         where = "the embedded world" if world else f"{self.options.data.root}"
         protocol = {
@@ -183,12 +187,11 @@ class PaperTable:
         own = given / str(row["seeds"])
         if own.is_dir():
             return own
-        if len([each for each in self.plan["rows"] if not each.get("needs")]) > 1 and not (
-            self.options.rows
-        ):
+        kinds = dict.fromkeys(str(each["seeds"]) for each in self.rows if not each.get("needs"))
+        if len(kinds) > 1:
             message = (
-                f"data.seeds: this table has several kinds of seeds and there is no {own}; make "
-                f"a folder a kind, or choose one by --rows {row['row']!r}"
+                f"data.seeds: these rows have several kinds of seeds and there is no {own}; make "
+                f"a folder for each of {', '.join(kinds)}, or choose one by --rows {row['row']!r}"
             )
             raise ConfigurationError(message)
         return given

@@ -318,6 +318,16 @@ def test_a_table_of_the_paper_runs_on_data(lab: Lab, tmp_path: Path) -> None:
     assert {row["way"]: row["(P)"] for row in table["rows"]}["EMI-SCA"] == 71.7
 
 
+def test_rows_of_several_makers_do_not_share_a_folder(lab: Lab, tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    data = paper.Data(tmp_path, tmp_path / "cam_out")
+    options = places(lab, tmp_path) | {"data": data, "noise_seeds": 1}
+    with pytest.raises(ConfigurationError, match="groupvit_voc, sclip_voc, diffsegmenter_voc"):
+        paper.paper("table-1", rows="VOC", **options)
+    with pytest.raises(ConfigurationError, match=r"none of table-3 holds 'IRN'.*'CLIP-ES'"):
+        paper.paper("table-3", rows="IRN", **options)
+
+
 def test_the_paper_command_needs_a_place(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--world"):
         paper.paper("table-1")
