@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from datamodules.items import read_lines
 from g4seg_pl.types import ConfigurationError
 
 BUNDLED = Path(__file__).parent / "class_names"
@@ -120,7 +121,7 @@ def read_class_list(source: str | Path) -> ClassList:
         ConfigurationError: there is no such file, it lists no class, or one name twice.
     """
     path = _locate(source)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_lines(path, "class_names")]
     rows = [
         [field.strip() for field in line.split("|")]
         for line in lines

@@ -181,7 +181,9 @@ class _Files:
         scores, height, width = seed.scores, seed.scores.shape[1], seed.scores.shape[2]
         if self.stride > 1:
             size = (-(-height // self.stride), -(-width // self.stride))
-            scores = interpolate(scores[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+            if seed.class_ids:
+                scores = interpolate(scores[None], size, mode="bilinear", antialias=True)[0]
+            scores = scores.clamp(0, 1) if seed.class_ids else scores.new_zeros(0, *size)
         self.size += write_seed(
             self.folder / f"{name}{suffix(self.dialect)}",
             seed.class_ids,

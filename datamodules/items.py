@@ -10,6 +10,10 @@ from datamodules.files import File
 from g4seg_pl.types import BadItemError, ConfigurationError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+LONGEST_ID = 251  # 255 bytes, with .png
+
+# Names that differ by letters are other images; only COCO's file names are their numbers.
+BARE_NUMBER = re.compile(r"(COCO_[a-z]+\d+_)?\d+")
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,15 @@ def check_id(image_id: str) -> None:
     """Refuses ids that would lead out of a folder when joined to it.
 
     Raises:
-        BadItemError: empty, `..`, or with a slash, a backslash or control characters in it.
+        BadItemError: empty, `..`, too long for a file, or with a slash, a backslash or control
+            characters in it.
     """
     strange = re.search(r"[/\\\x00-\x1f\x7f]|^~|^[A-Za-z]:", image_id)
     if strange or image_id in ("", ".", ".."):
         message = f"image id {image_id!r}: not a plain file name. Rename the image and its entry"
+        raise BadItemError(message)
+    if len(os.fsencode(image_id)) > LONGEST_ID:
+        message = f"image id {image_id!r}: longer than {LONGEST_ID} bytes. Rename the image"
         raise BadItemError(message)
 
 
@@ -73,6 +81,23 @@ def parse_line(line: str) -> Line:
     return Line(path.stem, first.lstrip("/"), None if truth and ".." in truth else truth)
 
 
+def read_lines(path: Path, argument: str) -> list[str]:
+    """The lines of a text file in UTF-8, without the mark that Windows puts before the first.
+
+    Args:
+        path: where it lies.
+        argument: what named it, for errors.
+
+    Raises:
+        ConfigurationError: it is no such text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        message = f"{argument}: {path} is not a text file in UTF-8: {error}"
+        raise ConfigurationError(message) from error
+
+
 def read_list(path: Path, argument: str = "split") -> list[Line]:
     """Reads a list file.
 
@@ -86,12 +111,7 @@ def read_list(path: Path, argument: str = "split") -> list[Line]:
     if not path.is_file():
         message = f"{argument}: no list file {path}"
         raise ConfigurationError(message)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        message = f"{argument}: {path} is not a text file of ids: {error}"
-        raise ConfigurationError(message) from error
-    entries = [parse_line(line) for line in lines if line.strip()]
+    entries = [parse_line(line) for line in read_lines(path, argument) if line.strip()]
     if not entries:
         message = f"{argument}: the list file {path} is empty"
         raise ConfigurationError(message)

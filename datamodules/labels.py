@@ -14,6 +14,7 @@ import numpy as np
 
 from datamodules.classes import ClassList
 from datamodules.errors import bad_item
+from datamodules.items import BARE_NUMBER, read_lines
 from datamodules.npy import read_npy
 from g4seg_pl.types import BadItemError, ConfigurationError
 
@@ -72,10 +73,6 @@ def _known(names: Iterable[str], classes: ClassList, path: Path) -> tuple[int, .
     return tuple(sorted({class_id for class_id in found.values() if class_id is not None}))
 
 
-# Names that differ by letters are other images; only COCO's file names are their numbers.
-_BARE_NUMBER = re.compile(r"(COCO_[a-z]+\d+_)?\d+")
-
-
 class FileLabels:
     """Labels of all images from one file.
 
@@ -102,7 +99,7 @@ class FileLabels:
     def read(self, image_id: str) -> tuple[int, ...]:
         """Label values of an image; BadItemError if the file does not list it."""
         row = self._rows.get(image_id)
-        if row is None and (self._numbered or _BARE_NUMBER.fullmatch(image_id)):
+        if row is None and (self._numbered or BARE_NUMBER.fullmatch(image_id)):
             row = self._rows.get(_number(image_id))
         if row is None:
             raise bad_item(self._path, f"no labels for image {image_id}", "Add it to the file")
@@ -125,7 +122,7 @@ def _number(image_id: str) -> str:
 
 def _text_rows(path: Path) -> dict[str, list[str]]:
     """Fields by image id; names of two words are joined by underscores in the file."""
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.split() for line in read_lines(path, "labels")]
     return {line[0]: line[1:] for line in lines if line}
 
 

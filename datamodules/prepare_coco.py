@@ -56,7 +56,7 @@ def coco(
         layout: where the label images lie and how they are named.
         on_top: which of two overlapping instances is seen.
         crowd: whether crowd regions count as their class or are ignored.
-        override: write existing files again.
+        override: write existing files again; those of other options are removed first.
 
     Returns:
         exit status: 0 if every image was written, 1 otherwise.
@@ -135,6 +135,10 @@ def _record(path: Path, options: dict[str, str], override: bool) -> None:
             "options, or --override"
         )
         raise ConfigurationError(message)
+    if found != text:
+        # Once the record tells of the new options, a run that goes on would keep these as its own.
+        for old in path.parent.glob("*.png"):
+            old.unlink()
     _write_text(path, text + "\n")
 
 

@@ -17,6 +17,7 @@ from datamodules.errors import bad_item
 from datamodules.files import File, openable
 from datamodules.images import Orientation, check_size, read_image
 from datamodules.items import Item
+from datamodules.seed_files.maps import ReadOptions
 from datamodules.seed_files.reading import read_seed
 from datamodules.truth import TruthOptions, read_truth
 from g4seg_pl.segmentation.augmentation import Augmenter
@@ -101,7 +102,7 @@ def read_soft(path: File, size: tuple[int, int], classes: int) -> Seed:
         BadItemError: unreadable, of another size, or with a class beyond the list.
     """
     if path.suffix != ".npz":
-        return read_seed(path, size, classes)
+        return read_seed(path, size, classes, options=ReadOptions(empty="keep"))
     try:
         with np.load(openable(path), allow_pickle=False) as content:
             maps, ids = content["foreground"], content["class_ids"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from g4seg_pl.callbacks.crf import DenseCRF
@@ -40,7 +41,10 @@ class SaveConfigBesideMasks(SaveConfigCallback):
         """On rank 0, after the writer has accepted the folder."""
         if stage != "predict":
             return
-        text = self.parser.dump(self.config, **{KEEP_NULLS: False})
+        # Who goes on from this file wants the same masks, not the finished ones removed again.
+        config = self.config.clone()
+        config["override"] = False
+        text = self.parser.dump(config, **{KEEP_NULLS: False})
         write_text_atomically(writer_of(trainer).out / "config.yaml", text)
 
 
@@ -73,6 +77,16 @@ class G4SegCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             raise ConfigurationError(one_sentence(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the trainer, with our progress bar unless it is to have none or another one."""
+        given = self.config_init[str(self.subcommand)].trainer
+        callbacks = given.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        another = any(isinstance(each, ProgressBar) for each in callbacks)
+        if given.enable_progress_bar is not False and not another:
+            kwargs["callbacks"] = [*callbacks, ImageProgress()]
+        return super().instantiate_trainer(**kwargs)
 
     def predict(self, **kwargs: Any) -> None:
         """Predict without keeping the predictions in memory."""
@@ -123,7 +137,7 @@ def _make_cli(args: Sequence[str]) -> G4SegCLI:
         save_config_callback=SaveConfigBesideMasks,
         save_config_kwargs={"save_to_log_dir": False},
         seed_everything_default=False,
-        trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [ImageProgress()]},
+        trainer_defaults=TRAINER_DEFAULTS,
         auto_configure_optimizers=False,
         parser_kwargs=parser_options | {"prog": "g4seg"} | dict.fromkeys(COMMANDS, parser_options),
         args=list(args),
@@ -161,11 +175,10 @@ def _report_test(cli: G4SegCLI) -> int:
         scores = {name.removeprefix("test/"): float(value) for name, value in logged}
         rows = score_rows(scores)
         named = {f"test/{name}": value for name, value in scores.items()}
-        out = Path(writer_of(cli.trainer).out)
-        out.mkdir(parents=True, exist_ok=True)
         content = protocol | {"rows": rows} | named | {"failed": failed}
-        write_text_atomically(out / "test.json", json_text(content))
+        # Printed first: a disk that is full by now should not take the scores with it.
         print("\n".join([*map(_row_text, rows), *map(": ".join, _texts(protocol))]))
+        write_text_atomically(Path(writer_of(cli.trainer).out) / "test.json", json_text(content))
     for image_id, error in failed.items() if cli.trainer.is_global_zero else ():
         print(f"failed {image_id}: {error}", file=sys.stderr)
     return 1 if failed else 0

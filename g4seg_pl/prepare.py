@@ -1,6 +1,7 @@
 """``g4seg prepare``: data sets on disk, one function each."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def main(words: Sequence[str]) -> int:
@@ -29,8 +30,7 @@ def main(words: Sequence[str]) -> int:
 def _with_values(words: Sequence[str]) -> list[str]:
     """The words with ``--override`` standing alone, as a flag does, given its value."""
     # jsonargparse wants a value for every bool of a signature.
-    following = [*words[1:], "--"]
     return [
         "--override=true" if word == "--override" and after.startswith("-") else word
-        for word, after in zip(words, following, strict=True)
+        for word, after in pairwise([*words, "--"])
     ]

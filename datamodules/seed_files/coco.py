@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from datamodules.classes import ClassList
 from datamodules.errors import bad_item
+from datamodules.items import BARE_NUMBER
 from datamodules.seed_files.maps import ReadOptions, SeedMaps, to_contiguous
 from g4seg_pl.types import ConfigurationError
 
@@ -115,6 +116,11 @@ class CocoFile:
         self._categories = {int(row["id"]): str(row["name"]) for row in full.get("categories", [])}
         images = full.get("images", [])
         self._numbers = {Path(row["file_name"]).stem: int(row["id"]) for row in images}
+        self._by_digits = {
+            int(name.rpartition("_")[2]): number
+            for name, number in self._numbers.items()
+            if BARE_NUMBER.fullmatch(name)
+        }
         self._sizes = {
             int(row["id"]): (int(row["height"]), int(row["width"]))
             for row in images
@@ -128,11 +134,19 @@ class CocoFile:
             self._masks[int(row["image_id"])].append(mask)
 
     def _number(self, image_id: str) -> int | None:
-        """COCO's number of an image: by its file name, else the digits its id ends with."""
+        """COCO's number of an image: by its file name, else the digits its id ends with.
+
+        Where the file names its images, digits count only of COCO's own names, which have changed
+        from year to year.
+        """
         if image_id in self._numbers:
             return self._numbers[image_id]
         digits = image_id.rpartition("_")[2]
-        return int(digits) if digits.isdecimal() else None
+        if not digits.isdecimal():
+            return None
+        if not self._numbers:
+            return int(digits)
+        return self._by_digits.get(int(digits)) if BARE_NUMBER.fullmatch(image_id) else None
 
     @property
     def images(self) -> dict[str, tuple[int, int]]:

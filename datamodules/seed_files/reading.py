@@ -202,6 +202,8 @@ def to_seed(maps: SeedMaps, size: tuple[int, int], path: File, empty: Empty = "r
     check_scores(maps, path, empty)
     if maps.image_size is not None:
         check_size(path, "image_size", maps.image_size, size, "Make the seed of this image")
+    if not maps.class_ids:
+        return Seed((), torch.zeros(0, *size))  # maps of no class have no size of their own
     scores = torch.from_numpy(np.array(maps.maps, dtype=np.float32, order="C"))
     if maps.resizable and tuple(scores.shape[1:]) != size:
         scores = interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]

@@ -14,6 +14,7 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
@@ -228,7 +229,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def _write_bytes(path: Path, content: bytes | memoryview) -> None:
     """See :func:`write_atomically`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Short, whatever the file's own name: that one may be as long as the disk allows.
+    temporary = path.with_name(f".{blake2b(path.name.encode(), digest_size=8).hexdigest()}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -40,13 +41,33 @@ def configuration(trainer: pl.Trainer, soft: SoftFormat, *, tars: bool = False) 
         name = type(callbacks[max(changing)]).__name__
         msg = f"trainer.callbacks: {name} changes masks, so it must stand before MaskWriter"
         raise ConfigurationError(msg)
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
     return {
         "model": describe(trainer.lightning_module),
-        "data": describe(trainer.datamodule),  # type: ignore[attr-defined]
+        "data": describe(datamodule),
+        "classes": _classes(datamodule),
         "soft": soft,
         **({"tar": True} if tars else {}),
         "changed_by": [describe(callbacks[index]) for index in changing],
     }
+
+
+def refuse_own_inputs(folder: OutputFolder, datamodule: Any) -> None:
+    """Raise if masks are to lie where the run's own images, seeds or truth are.
+
+    Args:
+        folder: where the run writes.
+        datamodule: asked for ``root``, ``seeds`` and ``truth``, as far as it has them.
+
+    Raises:
+        ConfigurationError: names the argument; files of one name would be replaced, or removed.
+    """
+    ours = [path.resolve() for path in (folder.masks, folder.root / "soft")]
+    for name in ("root", "seeds", "truth"):
+        place = getattr(datamodule, name, None)
+        if isinstance(place, Path) and any(place.resolve().is_relative_to(each) for each in ours):
+            msg = f"out {folder.root}: data.{name} is {place}, in the way of the masks; use another"
+            raise ConfigurationError(msg)
 
 
 def finished_by(
@@ -77,8 +98,7 @@ def _refuse_others(folder: OutputFolder, config: Json, *, holds_masks: bool) -> 
     if not record:
         if not holds_masks:
             return
-        msg = f"out {folder.root} holds masks but no run.json: use another out, or --override"
-        raise ConfigurationError(msg)
+        raise ConfigurationError(_nobodys(folder))
     if keys := differing_keys(config, record["config"]):
         msg = (
             f"out {folder.root} was made with another configuration, which differs in "
@@ -87,8 +107,22 @@ def _refuse_others(folder: OutputFolder, config: Json, *, holds_masks: bool) -> 
         raise ConfigurationError(msg)
 
 
+def _nobodys(folder: OutputFolder) -> str:
+    """Why masks without a run.json are left alone, whatever is asked for."""
+    return (
+        f"out {folder.root} holds masks but no run.json that tells where they come from: use "
+        "another out"
+    )
+
+
 def make_room(folder: OutputFolder, config: Json, ids: Collection[str]) -> None:
-    """What ``override`` removes: the images asked for, or all that another configuration made."""
+    """What ``override`` removes: the images asked for, or all that another configuration made.
+
+    Raises:
+        ConfigurationError: there are masks that no run.json tells of.
+    """
+    if not folder.run_json.exists() and folder.holds_masks():
+        raise ConfigurationError(_nobodys(folder))
     if _made_by(folder, config):
         folder.forget(folder.finished() & set(ids))
     else:
@@ -183,6 +217,15 @@ def _class_names(datamodule: Any) -> list[str] | None:
     """The names of classes 1, 2, ..., where the DataModule knows them."""
     classes = getattr(datamodule, "class_list", None)
     return None if classes is None else list(classes.names)
+
+
+def _classes(datamodule: Any) -> list[str] | None:
+    """What labels 1, 2, ... mean and how prompts name them: a file of them may be edited."""
+    classes = getattr(datamodule, "class_list", None)
+    if classes is None:
+        return None
+    pairs = zip(classes.names, classes.prompts, strict=True)
+    return [name if name == prompt else f"{name} | {prompt}" for name, prompt in pairs]
 
 
 def background_rule(module: Any) -> str:

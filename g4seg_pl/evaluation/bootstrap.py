@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from g4seg_pl.evaluation.confusion import Counts, Fractions, divide, mean_overlap, overlaps_of
+from g4seg_pl.evaluation.confusion import (
+    Counts,
+    Fractions,
+    divide,
+    in_mean,
+    mean_overlap,
+    overlaps_of,
+)
 
 _RESAMPLES_AT_ONCE = 50
 
@@ -58,7 +65,7 @@ def paired_gain(before: Counts, after: Counts, resamples: int = 1000, seed: int 
 
 
 def bootstrap_overlaps(overlaps: Counts, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """As :func:`bootstrap_mean_iou`, of intersections and unions ``(N, 2, C)``."""
+    """As :func:`bootstrap_mean_iou`, of overlaps ``(N, 3, C)``."""
     parts = _image_weights(len(overlaps), resamples, seed)
     draws = np.concatenate([resampled_mean_iou(overlaps, weights) for weights in parts])
     return _estimate(mean_overlap(overlaps), draws)
@@ -67,7 +74,7 @@ def bootstrap_overlaps(overlaps: Counts, resamples: int = 1000, seed: int = 0) -
 def paired_overlaps(
     before: Counts, after: Counts, resamples: int = 1000, seed: int = 0
 ) -> Estimate:
-    """As :func:`paired_gain`, of intersections and unions ``(N, 2, C)``.
+    """As :func:`paired_gain`, of overlaps ``(N, 3, C)``.
 
     Both are resampled by the same draws, so what makes an image hard cancels.
     """
@@ -85,18 +92,18 @@ def resampled_mean_iou(overlaps: Counts, weights: Fractions) -> Fractions:
     """MIoU of every resample.
 
     Args:
-        overlaps: intersections and unions ``(N, 2, C)``.
+        overlaps: intersections, unions and pixels in truth ``(N, 3, C)``.
         weights: how often each image was drawn, ``(R, N)``.
 
     Returns:
         ``(R,)``.
     """
-    iou = divide(
-        weights @ overlaps[:, 0].astype(float),
-        weights @ overlaps[:, 1].astype(float),
-    )
-    present = ~np.isnan(iou)
-    return divide(np.where(present, iou, 0.0).sum(axis=1), present.sum(axis=1))
+    images, rows, labels = overlaps.shape
+    flat = weights @ overlaps.reshape(images, rows * labels).astype(float)
+    drawn = flat.reshape(len(weights), rows, labels)
+    entering = in_mean(drawn)
+    iou = np.where(entering, divide(drawn[:, 0], drawn[:, 1]), 0.0)
+    return divide(iou.sum(axis=1), entering.sum(axis=1))
 
 
 def _image_weights(images: int, resamples: int, seed: int) -> Iterator[Fractions]:

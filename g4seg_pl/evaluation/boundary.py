@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from g4seg_pl.evaluation.confusion import IGNORED_TRUTH, Counts
+from g4seg_pl.evaluation.confusion import IGNORED_TRUTH, Counts, divide, in_mean
 
 BOUNDARY_SHARE = 0.02
 
@@ -47,6 +47,18 @@ def boundary_counts(
         intersection[label] = np.count_nonzero(predicted & true)
         union[label] = np.count_nonzero(predicted | true)
     return intersection, union
+
+
+def mean_band_iou(bands: Counts, overlaps: Counts) -> float:
+    """Mean boundary IoU over the classes that enter the mIoU, in [0, 1]; nan if none has a band.
+
+    Args:
+        bands: intersection and union of the bands of a data set, ``(2, C)``.
+        overlaps: of whole images, ``(3, C)``.
+    """
+    iou = divide(bands[0], bands[1])[in_mean(overlaps)]
+    found = iou[~np.isnan(iou)]
+    return float(found.mean()) if found.size else float("nan")
 
 
 def boundary_width(height: int, width: int) -> int:

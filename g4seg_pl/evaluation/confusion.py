@@ -76,29 +76,47 @@ def intersection_and_union(counts: Counts) -> tuple[Counts, Counts]:
 
 
 def overlaps_of(counts: Counts) -> Counts:
-    """All of a matrix that IoU is made of, in 2 C numbers instead of C².
+    """All of a matrix that mIoU is made of, in 3 C numbers instead of C².
 
     Args:
         counts: ``(..., C, C)``.
 
     Returns:
-        intersection and union of every class, ``(..., 2, C)``.
+        intersection, union and pixels in truth of every class, ``(..., 3, C)``.
     """
-    return np.stack(intersection_and_union(counts), axis=-2)
+    return np.stack([*intersection_and_union(counts), counts.sum(axis=-1)], axis=-2)
+
+
+def in_mean(overlaps: Counts) -> NDArray[np.bool_]:
+    """Which labels of a data set enter a mean over classes.
+
+    Those that occur in truth or prediction; label 0 only if the truth has it. A data set without a
+    background (ADE20K, Context-59, NightCity) has no such class: pixels that a prediction leaves
+    without a class are missed by their own classes, and no class of their own.
+
+    Args:
+        overlaps: ``(..., 3, C)`` of the whole data set, or of each of its resamples.
+
+    Returns:
+        ``(..., C)``.
+    """
+    entering = overlaps[..., 1, :] > 0
+    entering[..., 0] &= overlaps[..., 2, 0] > 0
+    return entering
 
 
 def mean_overlap(overlaps: Counts) -> float:
-    """The mIoU of intersections and unions ``(2, C)``, or ``(N, 2, C)``, which are summed first.
+    """The mIoU of overlaps ``(3, C)``, or ``(N, 3, C)``, which are summed first.
 
     Raises:
         ValueError: if no pixel was counted.
     """
-    intersection, union = overlaps if overlaps.ndim == 2 else overlaps.sum(axis=0)
-    iou = divide(intersection, union)
-    if np.isnan(iou).all():
+    summed = overlaps if overlaps.ndim == 2 else overlaps.sum(axis=0)
+    entering = in_mean(summed)
+    if not entering.any():
         msg = "no pixel was counted: every truth pixel is 255, or there are no images"
         raise ValueError(msg)
-    return float(np.nanmean(iou))
+    return float((summed[0, entering] / summed[1, entering]).mean())
 
 
 def class_iou(counts: Counts) -> Fractions:
@@ -115,7 +133,7 @@ def class_iou(counts: Counts) -> Fractions:
 
 
 def mean_iou(counts: Counts) -> float:
-    """The field's mIoU: mean over the classes that occur in truth or prediction, in [0, 1].
+    """The field's mIoU: mean over the classes that occur, as :func:`in_mean` says, in [0, 1].
 
     Args:
         counts: ``(C, C)``, or ``(N, C, C)`` of N images, which are summed first.

@@ -19,13 +19,14 @@ from PIL import Image, UnidentifiedImageError
 from datamodules.files import File, openable
 from datamodules.items import read_list
 from g4seg_pl.evaluation.bootstrap import bootstrap_overlaps
-from g4seg_pl.evaluation.boundary import boundary_counts, trimap
+from g4seg_pl.evaluation.boundary import boundary_counts, mean_band_iou, trimap
 from g4seg_pl.evaluation.confusion import (
     Counts,
     Fractions,
     Prediction255,
     confusion_matrix,
     divide,
+    in_mean,
     mean_overlap,
     overlaps_of,
 )
@@ -38,13 +39,13 @@ TRIMAP_WIDTH = 5
 
 @dataclass(frozen=True)
 class ImageScore:
-    """The counts of one image: of each class, intersection and union with the truth, ``(2, C)``.
+    """The counts of one image.
 
     Attributes:
-        overlap: of the whole image.
+        overlap: of each class intersection, union and pixels in truth, ``(3, C)``.
         pixels: how many were counted.
-        boundary: of the boundary bands; None if not asked for.
-        trimap: within the trimap; None if not asked for.
+        boundary: intersection and union of the boundary bands ``(2, C)``; None if not asked for.
+        trimap: as ``overlap``, within the trimap; None if not asked for.
     """
 
     overlap: Counts
@@ -115,19 +116,19 @@ def summarise(scores: Sequence[ImageScore], resamples: int = 1000) -> dict[str, 
     """
     overlaps = np.stack([score.overlap for score in scores])
     estimate = bootstrap_overlaps(overlaps, resamples)
-    intersection, union = overlaps.sum(axis=0)
+    summed = overlaps.sum(axis=0)
+    iou = np.where(in_mean(summed), divide(summed[0], summed[1]), np.nan)
     pixels = sum(score.pixels for score in scores)
     result = {
         "miou": 100 * estimate.value,
         "miou_se": 100 * estimate.standard_error,
-        "iou": _percentages(divide(intersection, union)),
-        "pixel_accuracy": 100 * float(divide(intersection.sum(), pixels)),
+        "iou": _percentages(iou),
+        "pixel_accuracy": 100 * float(divide(summed[0].sum(), pixels)),
         "n_images": len(scores),
     }
     bands = [score.boundary for score in scores if score.boundary is not None]
     if bands:
-        intersection, union = np.sum(bands, axis=0)
-        result["boundary_iou"] = 100 * float(np.nanmean(divide(intersection, union)))
+        result["boundary_iou"] = 100 * mean_band_iou(np.sum(bands, axis=0), summed)
     trimaps = [score.trimap for score in scores if score.trimap is not None]
     if trimaps:
         result["trimap_miou"] = 100 * mean_overlap(np.stack(trimaps))

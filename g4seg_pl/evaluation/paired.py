@@ -7,21 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from g4seg_pl.evaluation.bootstrap import bootstrap_overlaps, paired_overlaps
-from g4seg_pl.evaluation.boundary import boundary_counts
-from g4seg_pl.evaluation.confusion import (
-    Counts,
-    Fractions,
-    confusion_matrix,
-    divide,
-    overlaps_of,
-)
+from g4seg_pl.evaluation.boundary import boundary_counts, mean_band_iou
+from g4seg_pl.evaluation.confusion import Counts, confusion_matrix, overlaps_of
 
 
 class PairedScores:
     """Overlaps of seed and refined labels with the truth, one pair an image, keyed by the id.
 
     Keyed, because a distributed test loop may repeat images to fill its last batch; here each
-    counts once. Intersections and unions are kept, not matrices: COCO's 82,081 training images
+    counts once. Overlaps are kept, not matrices: COCO's 82,081 training images
     would fill 9 GB with those.
 
     Args:
@@ -77,15 +71,11 @@ class PairedScores:
         scores = {name: 100 * estimate.value for name, estimate in estimates.items()}
         errors = {f"{name}_se": 100 * each.standard_error for name, each in estimates.items()}
         bands = np.sum([self._bands[image_id] for image_id in ids], axis=0)
-        boundaries = dict(zip(("seed", "refined"), _band_iou(bands), strict=True))
+        sums = (before.sum(axis=0), after.sum(axis=0))
+        boundaries = dict(zip(("seed", "refined"), map(mean_band_iou, bands, sums), strict=True))
         return {
             "n_images": float(len(ids)),
             **scores,
             **errors,
-            **{f"{name}_boundary_iou": 100 * float(value) for name, value in boundaries.items()},
+            **{f"{name}_boundary_iou": 100 * value for name, value in boundaries.items()},
         }
-
-
-def _band_iou(bands: Counts) -> Fractions:
-    """Mean over classes of band IoU, from intersection and union ``(2, 2, C)``: ``(2,)``."""
-    return np.asarray(np.nanmean(divide(bands[:, 0], bands[:, 1]), axis=1))

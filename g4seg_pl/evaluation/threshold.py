@@ -147,7 +147,7 @@ def _samples(data: "SeedDataModule", *, with_truth: bool) -> Iterator[Sample]:
 
 
 def _overlaps(data: "SeedDataModule", thresholds: Sequence[float]) -> Counts:
-    """Intersections and unions ``(N, T, 2, C)``."""
+    """Overlaps ``(N, T, 3, C)``."""
     classes = len(data.class_list) + 1
     found = []
     for sample in _samples(data, with_truth=True):

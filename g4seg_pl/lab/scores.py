@@ -7,8 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from g4seg_pl.evaluation.bootstrap import Estimate, bootstrap_mean_iou, paired_gain
-from g4seg_pl.evaluation.boundary import boundary_counts, trimap
-from g4seg_pl.evaluation.confusion import Counts, confusion_matrix, divide, mean_iou
+from g4seg_pl.evaluation.boundary import boundary_counts, mean_band_iou, trimap
+from g4seg_pl.evaluation.confusion import (
+    Counts,
+    confusion_matrix,
+    mean_iou,
+    overlaps_of,
+    total,
+)
 from g4seg_pl.evaluation.soft import threshold_counts
 
 TRIMAP_WIDTHS = (1, 2, 4, 8)
@@ -142,8 +148,7 @@ def pooled(runs: Sequence[Scores]) -> Scores:
 
 def boundary_iou(scores: Scores) -> float:
     """Mean over classes of the boundary bands' IoU, in [0, 1]."""
-    intersection, union = scores.bands.sum(axis=0)
-    return float(np.nanmean(divide(intersection, union)))
+    return mean_band_iou(scores.bands.sum(axis=0), overlaps_of(total(scores.counts)))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ def test_bad_items_fail_by_name_and_the_others_are_read(
         assert sample.image_id in sample.error
 
 
-@pytest.mark.parametrize("image_id", ["", "..", "a/../b", "/a", "a/b", "a\\b", "C:x", "a\0", "~"])
+@pytest.mark.parametrize(
+    "image_id", ["", "..", "a/../b", "/a", "a/b", "a\\b", "C:x", "a\0", "~", "猫" * 84]
+)
 def test_unsafe_ids(image_id: str) -> None:
     with pytest.raises(BadItemError, match="image id"):
         check_id(image_id)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from datamodules.classes import BUNDLED, read_class_list, require_same_classes
+from datamodules.items import read_list
+from datamodules.labels import FileLabels
 from g4seg_pl.types import ConfigurationError
 
 CLASS_COUNTS = {
@@ -45,6 +47,20 @@ def test_a_list_that_begins_with_the_background(tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     path.write_text("Background\ncat\ndog\n")
     with pytest.raises(ConfigurationError, match="begins with Background"):
+        read_class_list(path)
+
+
+def test_files_as_windows_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeff# ours\r\ncat\r\ndog\r\n".encode())
+    classes = read_class_list(path)
+    assert classes.names == ("cat", "dog")
+    path.write_bytes("\ufeff2007_000032\r\n".encode())
+    assert [line.image_id for line in read_list(path)] == ["2007_000032"]
+    path.write_bytes("\ufeffa dog\r\n".encode())
+    assert FileLabels(path, classes).read("a") == (2,)
+    path.write_bytes("cat\ncaf\xe9\n".encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"class_names: .*classes\.txt is not a text file"):
         read_class_list(path)
 
 

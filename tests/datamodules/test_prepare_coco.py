@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from datamodules import COCODataModule
+from datamodules import COCODataModule, prepare_coco
 from g4seg_pl.main import main
 from g4seg_pl.types import Sample
 
@@ -142,9 +142,18 @@ def test_a_second_run_writes_what_is_missing(
     assert missing.is_file()
     assert prepare(instances, out, "--on-top", "later") == 1
     assert "or --override" in capsys.readouterr().err
-    assert prepare(instances, out, "--on-top", "later", "--override") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_coco, "paint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(instances, out, "--on-top", "later", "--override")
+    assert not missing.is_file(), "it would be kept by the run that goes on"
+    assert prepare(instances, out, "--on-top", "later") == 0
     np.testing.assert_array_equal(read(missing), expected("later", 1))
     assert not read(kept).any()
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_bad_annotations_are_named_and_the_rest_is_written(
@@ -179,6 +188,12 @@ def test_files_that_are_no_instances(
     assert prepare(instances, tmp_path / "out") == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["prepare"])
+    assert "{coco,scenes}" in capsys.readouterr().err
 
 
 def test_scenes_are_prepared_by_the_same_command(tmp_path: Path) -> None:

@@ -128,4 +128,14 @@ def test_coco_json(tmp_path: Path) -> None:
         "annotations": entries,
     }
     path.write_text(json.dumps(full))
-    assert open_seeds(path, classes).read("street", SIZE, (80,)).class_ids == (80,)
+    seeds = open_seeds(path, classes)
+    assert seeds.read("street", SIZE, (80,)).class_ids == (80,)
+    for other in ("frame_0009", "2008_000009", "000000000009"):
+        with pytest.raises(BadItemError, match="no mask for image"):
+            seeds.check(other)
+    full["images"] = [{"id": 9, "file_name": "COCO_val2014_000000000139.jpg"}]
+    path.write_text(json.dumps(full))
+    seeds = open_seeds(path, classes)
+    assert seeds.read("000000000139", SIZE, (80,)).class_ids == (80,)
+    with pytest.raises(BadItemError, match="no mask for image"):
+        seeds.check("000000000009")

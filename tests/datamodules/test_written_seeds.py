@@ -19,6 +19,8 @@ from datamodules.seed_files import (
     write_seed,
 )
 from datamodules.seed_files.maps import ReadOptions
+from datamodules.training_items import read_soft
+from g4seg_pl.main import main
 from g4seg_pl.types import BadItemError
 
 WRITTEN: list[tuple[WritableDialect, float]] = [
@@ -54,6 +56,37 @@ def test_nothing_found_can_be_written(dialect: WritableDialect, tmp_path: Path) 
         seed = read_seed(path, SIZE, CLASSES, options=ReadOptions(empty="keep"))
         assert seed.class_ids == ()
         assert seed.scores.shape == (0, *SIZE)
+
+
+def test_training_takes_soft_maps_of_classes_that_were_put_out(tmp_path: Path) -> None:
+    maps = np.zeros((2, *SIZE), np.float32)
+    maps[0, 2, 3] = 0.5
+    write_seed(tmp_path / "a.npy", (1, 4), maps, "clip_es")
+    assert read_soft(tmp_path / "a.npy", SIZE, CLASSES).class_ids == (1, 4)
+
+
+def test_nothing_found_needs_no_resizing(tmp_path: Path) -> None:
+    path, reduced = tmp_path / "a.npz", np.zeros((0, 3, 4), np.float16)
+    np.savez(path, class_ids=[], foreground=reduced, image_size=SIZE)
+    keep = ReadOptions(empty="keep")
+    assert read_seed(path, SIZE, CLASSES, options=keep).scores.shape == (0, *SIZE)
+    with pytest.raises(BadItemError, match="image_size"):
+        read_seed(path, (SIZE[0] + 1, SIZE[1]), CLASSES, options=keep)
+    (tmp_path / "from").mkdir()
+    write_seed(tmp_path / "from" / "a.npy", (), np.zeros((0, *SIZE), np.float32), "clip_es")
+    words = [
+        "convert",
+        "--from",
+        "clip_es",
+        "--to",
+        "npz",
+        "--stride",
+        "4",
+        "--options.empty",
+        "keep",
+    ]
+    assert main([*words, "--class_names", "voc", str(tmp_path / "from"), str(tmp_path / "to")]) == 0
+    assert read_seed(tmp_path / "to" / "a.npz", SIZE, 20, options=keep).class_ids == ()
 
 
 def reference_label(

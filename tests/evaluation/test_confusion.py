@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from g4seg_pl.evaluation.bootstrap import bootstrap_mean_iou, resampled_mean_iou
 from g4seg_pl.evaluation.confusion import (
     class_iou,
     confusion_matrix,
     mean_iou,
+    overlaps_of,
     pixel_accuracy,
 )
 
@@ -34,6 +36,24 @@ def test_counts_are_those_of_a_two_dimensional_histogram(seed: int, share: float
     bins = np.arange(CLASSES + 1)
     expected, *_ = np.histogram2d(truth[valid], prediction[valid], bins=(bins, bins))
     np.testing.assert_array_equal(confusion_matrix(prediction, truth, CLASSES), expected)
+
+
+def test_a_background_that_the_truth_has_not_is_no_class() -> None:
+    """As ADE20K is scored: what is left without a class is missed by its own, nothing more."""
+    prediction, truth = label_maps(0)
+    truth[truth == 0] = 255
+    prediction[:, :, :3] = 0
+    pairs = zip(prediction, truth, strict=True)
+    counts = np.stack([confusion_matrix(*pair, CLASSES) for pair in pairs])
+    found, right = prediction[truth != 255], truth[truth != 255]
+    iou = [
+        ((right == label) & (found == label)).sum() / ((right == label) | (found == label)).sum()
+        for label in range(1, CLASSES - 1)
+    ]
+    assert mean_iou(counts) == pytest.approx(np.mean(iou))
+    assert bootstrap_mean_iou(counts, 10).value == pytest.approx(np.mean(iou))
+    weights = np.ones((1, len(counts)))
+    assert resampled_mean_iou(overlaps_of(counts), weights)[0] == pytest.approx(np.mean(iou))
 
 
 @pytest.mark.parametrize("seed", range(5))
