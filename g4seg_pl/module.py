@@ -33,6 +33,7 @@ from g4seg_pl.types import (
     RefinedMask,
     Sample,
     check_counts,
+    check_working_size,
 )
 
 # What may be wrong with one image while the others are fine.
@@ -144,6 +145,7 @@ class G4SegModule(pl.LightningModule):
             msg = f"prompt_template is {self.prompt_template!r}: it needs exactly one {{}}"
             raise ConfigurationError(msg)
         check_counts(1, masks_per_pass=self.masks_per_pass)
+        check_working_size(self.working_size)
         self._require_full_precision()
         self._require_streaming()
         if self._has_work():

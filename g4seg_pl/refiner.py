@@ -23,7 +23,7 @@ from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.pictures import PictureLike, mask_to_tensor, picture_to_tensor, tensor_like
 from g4seg_pl.recipes import Recipe, steps_of
-from g4seg_pl.types import BadItemError, Sample, Seed
+from g4seg_pl.types import BadItemError, Sample, Seed, check_working_size
 
 MaskLike = TypeVar("MaskLike", Image.Image, np.ndarray, Tensor)
 
@@ -95,7 +95,8 @@ class G4SegRefiner:
             cache: such as ``feature_cache.FeatureCache``.
 
         Raises:
-            ValueError: the threshold is not strictly between 0 and 1.
+            ValueError: the threshold is not strictly between 0 and 1, or the working size no
+                multiple of 8.
         """
         self.generator = generator
         self.features = features
@@ -107,6 +108,7 @@ class G4SegRefiner:
         self.seed = seed
         self.prompt_template = prompt_template
         self.masks_per_pass = masks_per_pass
+        check_working_size(working_size)
         self.working_size = working_size or generator.image_size
         self.cache = cache
         self._prompt_embeddings: dict[str, Tensor] = {}

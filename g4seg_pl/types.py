@@ -32,6 +32,17 @@ def check_counts(least: int, **given: int) -> None:
             raise ConfigurationError(message)
 
 
+def check_working_size(size: int | None) -> None:
+    """Refuse a working square that autoencoders cannot halve and double again.
+
+    Raises:
+        ConfigurationError: it is no multiple of 8 pixels.
+    """
+    if size is not None and (size < 8 or size % 8):
+        message = f"working_size is {size}: give a multiple of 8 pixels, or leave it out"
+        raise ConfigurationError(message)
+
+
 @dataclass(frozen=True)
 class Seed:
     """A coarse mask per class of one image.

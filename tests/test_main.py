@@ -107,6 +107,7 @@ CONFIGURATIONS = {
         (["--model.update.betta", "1"], "Correspondence has no argument 'betta'"),
         (["--data.splitt", "x"], "VOCDataModule has no argument 'splitt'; did you mean split?"),
         (["--trainer.devicez", "2"], "did you mean --trainer.devices?"),
+        (["--model.working_size", "500"], "working_size is 500: give a multiple of 8"),
         (["--model.seed", "abc"], "model.seed is 'abc': give a value of type int"),
         (["--data.orientation", "up"], "data.orientation is 'up': give one of 'stored', 'exif'"),
         (["--data.dialect", "x"], "data.dialect is 'x': give one of 'clip_es'"),
@@ -126,7 +127,9 @@ def test_configuration_error_stops_before_a_model_is_loaded(
     more: list[str],
     said: str,
 ) -> None:
-    if any(word in more[0] for word in ("data.root", "data.split", "prompt", "model.model")):
+    if any(
+        word in more[0] for word in ("data.root", "data.split", "prompt", "model.model", "_size")
+    ):
         write_voc(tmp_path)  # the others are refused before any data are looked at
     for name, text in CONFIGURATIONS.items():
         (tmp_path / name).write_text(text)

@@ -145,6 +145,12 @@ def test_steps_work_with_the_threshold_that_is_told(sd1_folder: Path) -> None:
         masks(threshold=1)
 
 
+@pytest.mark.parametrize("size", [0, -8, 500, 508])
+def test_a_working_size_that_cannot_be_halved_is_refused(refiner: G4SegRefiner, size: int) -> None:
+    with pytest.raises(ValueError, match=f"working_size is {size}: give a multiple of 8"):
+        G4SegRefiner(refiner.generator, refiner.features, working_size=size)
+
+
 def test_refines_at_another_working_size(refiner: G4SegRefiner, sd1_folder: Path) -> None:
     assert refiner.working_size == refiner.generator.image_size
     size = refiner.working_size // 2

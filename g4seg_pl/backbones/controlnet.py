@@ -22,6 +22,7 @@ from g4seg_pl.backbones.stable_diffusion import Residuals, StableDiffusion
 from g4seg_pl.core.injection import Injection
 from g4seg_pl.core.layout import laid_out
 from g4seg_pl.core.protocols import AttentionRecord, PredictionType
+from g4seg_pl.core.steps import every_step
 from g4seg_pl.types import ConfigurationError
 
 # In these a ControlNet must be like the U-Net it was copied from.
@@ -122,9 +123,9 @@ def require_injection(steps: Sequence[object]) -> None:
     """Refuse update steps of which none would ever use a ControlNet.
 
     Raises:
-        ConfigurationError: no step has an ``injection_weight`` above 0.
+        ConfigurationError: no step, nor one that it holds, has an ``injection_weight`` above 0.
     """
-    if not any(getattr(step, "injection_weight", 0) > 0 for step in steps):
+    if not any(getattr(step, "injection_weight", 0) > 0 for step in every_step(steps)):
         message = (
             "controlnet is given, but no update step injects masks: give one whose "
             "injection_weight is above 0, such as Correspondence (recipe paper)"

@@ -107,7 +107,7 @@ class Propagation(ABC):
         for part in context.parts(len(groups.images)):
             matrices = self.matrices(groups.images[part], prompts[part], context)
             images = context.images[list(groups.images[part])]
-            found.append(self._spread(masks[part], images, matrices))
+            found.append(self._spread(masks[part], images, matrices, context))
         target = groups.scatter(torch.cat(found))
         changed = centred + self.mixing * (target - centred)
         return restore_threshold(changed.clamp(0, 1), self.threshold)
@@ -117,9 +117,10 @@ class Propagation(ABC):
         masks: Float[Tensor, "b c H W"],
         images: Float[Tensor, "b 3 H W"],
         matrices: list[tuple[float, AffinityMatrix]],
+        context: RefinementContext,
     ) -> Float[Tensor, "b c H W"]:
         """Return the weighted mean over token grids of the masks propagated on each."""
-        guides = images.repeat_interleave(masks.shape[1], 0)
+        owner = torch.arange(len(masks)).repeat_interleave(masks.shape[1]).tolist()
         total = torch.zeros_like(masks)
         for weight, matrix in matrices:
             coarse = functional.adaptive_avg_pool2d(masks, matrix.grid)
@@ -128,7 +129,10 @@ class Propagation(ABC):
             if self.carry == "difference":
                 scaled = scaled - coarse.flatten(2)
             maps = scaled.reshape(-1, *matrix.grid)
-            fine = bring_up(maps, guides, self.upsampling, self.edge_radius, self.edge_epsilon)
+            how = (self.upsampling, self.edge_radius, self.edge_epsilon)
+            # In parts, though images are: each may have tens of classes.
+            parts = context.parts(len(maps))
+            fine = torch.cat([bring_up(maps[p], images[owner[p]], *how) for p in parts])
             total = total + weight * fine.view_as(masks)
         total = total / sum(weight for weight, _ in matrices)
         return masks + total if self.carry == "difference" else total

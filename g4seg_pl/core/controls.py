@@ -173,14 +173,19 @@ class EdgeFilter:
         self, foreground: Float[Tensor, "m H W"], context: RefinementContext
     ) -> Float[Tensor, "m H W"]:
         """Return the masks filtered."""
-        guides = ((context.images + 1) / 2)[context.owner.tolist()].to(foreground)
-        maps = foreground[:, None]
+        owner = context.owner.tolist()
+        found = [
+            self._filter(foreground[part], ((context.images + 1) / 2)[owner[part]].to(foreground))
+            for part in context.parts(len(foreground))
+        ]
+        filtered = torch.cat(found) if found else foreground
+        return (foreground + self.mixing * (filtered - foreground)).clamp(0, 1)
+
+    def _filter(self, masks: Tensor, guides: Tensor) -> Tensor:
         if self.kind == "guided":
-            filtered = guided_filter(maps, guides, self.radius, self.epsilon)
-        else:
-            space, colour = self.radius / 2, self.epsilon**0.5
-            filtered = joint_bilateral_upsample(maps, guides, self.radius, space, colour)
-        return (foreground + self.mixing * (filtered[:, 0] - foreground)).clamp(0, 1)
+            return guided_filter(masks[:, None], guides, self.radius, self.epsilon)[:, 0]
+        space, colour = self.radius / 2, self.epsilon**0.5
+        return joint_bilateral_upsample(masks[:, None], guides, self.radius, space, colour)[:, 0]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Update steps: each takes all masks of a batch one step further."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -42,6 +42,17 @@ class UpdateStep(Protocol):
 # How steps that hold others spell UpdateStep: a protocol with nothing but a call is, to the
 # command line's parser, a function that returns masks, and it would refuse class_path of a step.
 NestedStep = Callable[..., Any]
+
+
+def every_step(steps: Iterable[object]) -> Iterator[object]:
+    """Yield the steps and those that they hold as ``steps`` or ``candidates``, at any depth."""
+    for step in steps:
+        if isinstance(step, (list, tuple)):
+            yield from every_step(step)
+            continue
+        yield step
+        for name in ("steps", "candidates"):
+            yield from every_step(getattr(step, name, ()))
 
 
 def any_needs_gradient(steps: Iterable[NestedStep]) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,13 +28,33 @@ def key_of(value: Json) -> str:
 
 
 def hash_of_files(folder: Path) -> str:
-    """Sixteen hexadecimal digits of the names and contents of all files in a folder."""
+    """Sixteen hexadecimal digits of the names and contents of all files in a folder.
+
+    Folders behind links count: of a model whose parts are linked, they are most.
+    """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    walked = os.walk(folder, followlinks=True)
+    for path in sorted(Path(place, name) for place, _, names in walked for name in names):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def identity_of(model: str | Path) -> str:
+    """Hash of the files of a model's folder; the name itself for a hub id."""
+    folder = Path(model)
+    return hash_of_files(folder) if folder.is_dir() else str(model)
+
+
+def state_of_files(files: Iterable[Path]) -> str:
+    """Sixteen hexadecimal digits that change with the name, size or time of change of a file."""
+    digest = hashlib.sha256()
+    for path in files:
+        found = path.stat() if path.is_file() else None
+        state = None if found is None else (found.st_size, found.st_mtime_ns)
+        digest.update(repr((str(path), state)).encode())
     return digest.hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from g4seg_pl.core.refine import refine
 from g4seg_pl.core.resize import apply_change, masks_to_working
 from g4seg_pl.core.steps import Correspondence, NestedStep
 from g4seg_pl.features.base import DenseFeatures
+from g4seg_pl.lab.cache import identity_of
 from g4seg_pl.lab.stages import Batch, Masks, at_threshold
 
 
@@ -78,6 +79,10 @@ class WithFeatures:
             masks = step(masks, other)
         return masks
 
+    def identity(self) -> str:
+        """Hash of the extractor's weights, where they are a folder's."""
+        return identity_of(getattr(self.features, "model", "none"))
+
     def _context(self, context: RefinementContext) -> RefinementContext:
         # Kept with the batch, so that the image's features are extracted once for all ways.
         kept: dict[str, Tensor] = context.__dict__.setdefault("features_by_extractor", {})
@@ -88,7 +93,8 @@ class WithFeatures:
         self.features.to(context.images.device, getattr(unet, "dtype", None))
         other = copy.copy(context)
         other.features = self.features
-        other.cache = None  # it knows the run's own extractor
+        other.cache = None  # it knows the run's own extractor, and so does a variant's origin
+        other._origin = None
         other.__dict__.pop("reference_features", None)
         if name not in kept:
             kept[name] = other.reference_features

@@ -10,7 +10,7 @@ from g4seg_pl.backbones.loading import place_of, resolve_dtype
 from g4seg_pl.callbacks.run_record import Json, describe
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
-from g4seg_pl.lab.cache import hash_of_files
+from g4seg_pl.lab.cache import identity_of
 from g4seg_pl.refiner import G4SegRefiner
 from g4seg_pl.types import ConfigurationError
 from g4seg_pl.world.folders import CLIP, GENERATOR
@@ -79,7 +79,7 @@ class Models:
     @cached_property
     def generator_identity(self) -> str:
         """Hash of the generator's files; the name itself for a hub id."""
-        return _identity(self.generator)
+        return identity_of(self.generator)
 
     @cached_property
     def clip_identity(self) -> str:
@@ -91,23 +91,18 @@ class Models:
         if not Path(self.clip).is_dir():
             message = f"clip: no folder {self.clip}; train it by `make world`, or give another"
             raise ConfigurationError(message)
-        return _identity(self.clip)
+        return identity_of(self.clip)
 
     def identity(self, features: DenseFeatures | None) -> Json:
         """What results depend on besides the settings of a way."""
         # Results without a tiny decoder, in float32, keep the names they had before there were
         # others.
-        extra = {} if self.decoder is None else {"decoder": _identity(self.decoder)}
+        extra = {} if self.decoder is None else {"decoder": identity_of(self.decoder)}
         if self._number_format != torch.float32:
             extra["dtype"] = str(self._number_format)
         return extra | {
             "generator": self.generator_identity,
             "features": describe(features or VAEFeatures()),
-            "features_weights": _identity(getattr(features, "model", "none")),
+            "features_weights": identity_of(getattr(features, "model", "none")),
             "prompt": self.prompt_template,
         }
-
-
-def _identity(model: str | Path) -> str:
-    folder = Path(model)
-    return hash_of_files(folder) if folder.is_dir() else str(model)

@@ -12,6 +12,7 @@ import torch
 
 from g4seg_pl.callbacks.run_record import Json
 from g4seg_pl.core.background import BackgroundRule
+from g4seg_pl.core.steps import every_step
 from g4seg_pl.evaluation.confusion import mean_iou
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.lab.cache import Store, key_of
@@ -19,7 +20,7 @@ from g4seg_pl.lab.chain import ChainRunner, State, labels_of, make_batch
 from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.scores import Scores, join, score_image
 from g4seg_pl.lab.sources import Source
-from g4seg_pl.lab.stages import Batch, Masks, Way
+from g4seg_pl.lab.stages import Batch, Masks, ReadsFiles, Way
 from g4seg_pl.types import ConfigurationError, Sample
 
 BATCH = 16
@@ -137,7 +138,10 @@ class Runner:
         curve: bool = False,
     ) -> Json:
         """Everything that determines the scores of any image, but its id."""
-        return {
+        # What stages read from files: another tool's masks, another extractor's weights.
+        held = [each for each in every_step(way.stages) if isinstance(each, ReadsFiles)]
+        read = {"read": [each.identity() for each in held]} if held else {}
+        return read | {
             "way": way.describe(),
             "source": source.describe(),
             "split": source.split,
@@ -158,9 +162,13 @@ class Runner:
             parts[key] = [] if saved is None else [Scores.from_arrays(saved)]
             known = set(parts[key][0].ids) if saved is not None else set()
             missing[key] = set(source.ids) - known
-        todo = [run for run in runs if missing[key_of(run.description)]]
+        # Of equal runs, as a sweep has them where it meets the chosen value, one is made.
+        todo = {key_of(run.description): run for run in runs if missing[key_of(run.description)]}
         if todo:
-            self._compute(todo, source, background, parts, missing, curve=curve)
+            self._compute([*todo.values()], source, background, parts, missing, curve=curve)
+        if not all(parts.values()):
+            message = f"no image of {source.kind} could be read with seed and truth"
+            raise ConfigurationError(message)
         return [join(found, noisy=True) for found in (parts[key_of(r.description)] for r in runs)]
 
     def _compute(

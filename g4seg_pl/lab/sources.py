@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from g4seg_pl.callbacks.run_record import Json, describe
-from g4seg_pl.lab.cache import Store
+from g4seg_pl.lab.cache import Store, state_of_files
 from g4seg_pl.lab.models import Models
 from g4seg_pl.seeds.base import SeedMaker
 from g4seg_pl.seeds.diffsegmenter import DiffSegmenter
@@ -206,19 +206,16 @@ class DataSource(Source):
 
     def _state_of_files(self) -> str:
         """Hash of the sizes and times of change of pictures, truth and seeds that lie here."""
-        digest = hashlib.sha256()
+        return state_of_files(self._files())
+
+    def _files(self) -> Iterator[Path]:
         seeds = self.data.reader.seeds
         for name, item in self._items.items():
             try:
                 seed = seeds.path(name) if hasattr(seeds, "path") else self.data.seeds
             except BadItemError:
                 seed = None  # it is named when it is read
-            for file in (item.image, item.truth, seed):
-                path = Path(file) if isinstance(file, (str, Path)) else None
-                found = path.stat() if path is not None and path.is_file() else None
-                state = None if found is None else (found.st_size, found.st_mtime_ns)
-                digest.update(repr((name, str(file), state)).encode())
-        return digest.hexdigest()[:16]
+            yield from (Path(str(file)) for file in (item.image, item.truth, seed))
 
 
 def _packed(seeds: Sequence[Seed]) -> dict[str, NDArray[Any]]:

@@ -16,6 +16,7 @@ from g4seg_pl.core.background import BackgroundRule, Threshold, threshold_of
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.steps import UpdateStep
 from g4seg_pl.core.threshold import told_threshold
+from g4seg_pl.lab.cache import state_of_files
 from g4seg_pl.types import ConfigurationError, Sample
 
 
@@ -69,6 +70,14 @@ class NativeStage(Protocol):
 
 
 Stage = UpdateStep | NativeStage
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """A stage, or a step within one, whose result depends on files it names."""
+
+    def identity(self) -> str:
+        """Digits that change with their contents."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,10 @@ class LabelFiles:
         """
         found = tuple(self._read(sample) for sample in batch.samples)
         return Masks(found, Remainder())
+
+    def identity(self) -> str:
+        """Changes with every file written anew."""
+        return state_of_files(sorted(Path(self.folder).glob("*.png")))
 
     def _read(self, sample: Sample) -> Tensor:
         path = Path(self.folder) / f"{sample.image_id}.png"

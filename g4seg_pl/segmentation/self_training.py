@@ -132,6 +132,7 @@ class RefreshPseudoLabels(Callback):
         if self.refiner is None:
             msg = "RefreshPseudoLabels has no refiner"
             raise ConfigurationError(msg)
+        self.refiner.to(device)  # first: it decides the number format by where it is
         self.refiner.configure_model()
         self.refiner.to(device)
         outcome = self.refiner.predict_step([sample])[0]

@@ -9,6 +9,10 @@ import yaml
 from fake_voc import IDS, write_voc
 from PIL import Image
 
+from g4seg_pl.backbones.controlnet import require_injection
+from g4seg_pl.core.confidence import Averaged
+from g4seg_pl.core.likelihood import ChooseByLikelihood
+from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.lab.written import build_stages
 from g4seg_pl.main import main
 from g4seg_pl.recipes import steps_of
@@ -132,6 +136,8 @@ def test_a_controlnet_that_nothing_would_use_stops_the_run(
     words = predict_words(tmp_path, sd1_folder, *files)
     assert main([*words, "--model.controlnet.model", str(controlnet_folder)]) == 1
     assert "no update step injects masks" in capsys.readouterr().err
+    require_injection([Averaged([Correspondence()])])
+    require_injection([ChooseByLikelihood([[Averaged([Correspondence()])]], injection_weight=0.0)])
     assert not list((tmp_path / "out").rglob("*.png"))
 
 

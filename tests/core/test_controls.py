@@ -1,6 +1,7 @@
 """Controls: each does what its name says and nothing more."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from g4seg_pl.core import controls, guided
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.controls import (
@@ -218,6 +220,31 @@ def test_an_edge_filter_keeps_a_mask_that_follows_the_edges(scene: SceneMaker) -
     for kind in ("guided", "joint_bilateral"):
         found = EdgeFilter(kind=kind, radius=4)(truth, context)
         torch.testing.assert_close(found, truth, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["guided", "joint_bilateral"])
+def test_the_bound_on_memory_holds_where_masks_are_filtered(
+    kind: Any, scene: SceneMaker, soft_masks: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def watched(plain: Callable[..., Tensor], maps: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(maps))
+        return plain(maps, *rest)
+
+    for name in ("guided_filter", "guided_upsample", "joint_bilateral_upsample"):
+        watcher = partial(watched, getattr(guided, name))
+        monkeypatch.setattr(guided, name, watcher)
+        monkeypatch.setattr(controls, name, watcher, raising=False)
+    edges = {"radius": 2, "epsilon": 0.05}
+    flow = Affinity(upsampling=kind, edge_radius=2, edge_epsilon=0.05)
+    for step in (EdgeFilter(kind=kind, **edges), flow):
+        whole = step(soft_masks, scene())
+        assert max(seen) > 2
+        seen.clear()
+        torch.testing.assert_close(step(soft_masks, scene(masks_per_pass=2)), whole)
+        assert max(seen) <= 2
+        seen.clear()
 
 
 def test_a_joint_bilateral_filter_weighs_distance_and_squared_contrast(

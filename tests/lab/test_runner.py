@@ -1,5 +1,7 @@
 """Book-keeping: nothing twice, keys that change with settings, common parts shared, pairs."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +12,15 @@ from conftest import write_stable_diffusion
 
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.background import PowerBackground, Threshold, compose_label
+from g4seg_pl.core.confidence import Averaged
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.steps import Blur, Correspondence
 from g4seg_pl.evaluation.bootstrap import paired_gain
 from g4seg_pl.evaluation.confusion import confusion_matrix, mean_iou
-from g4seg_pl.lab.cache import Store, key_of
+from g4seg_pl.features.open_clip import OpenClipFeatures
+from g4seg_pl.features.vae import VAEFeatures
+from g4seg_pl.lab.cache import Store, hash_of_files, key_of
+from g4seg_pl.lab.controls import WithFeatures
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.runner import Runner
@@ -51,6 +57,41 @@ def test_resume_computes_nothing_twice(runner: Runner) -> None:
             np.testing.assert_array_equal(one.counts, three.counts)
 
 
+def test_equal_ways_are_made_and_kept_once(runner: Runner) -> None:
+    step = Correspondence(confidence_range=None)
+    ways = [Way(name, (step,)) for name in ("chosen", "one of a sweep")]
+    found = runner.run(ways, scenes(runner), RULE)
+    assert runner.computed == 4
+    assert [found[way.name][0].ids for way in ways] == [scenes(runner).ids] * 2
+    (kept,) = [json.loads(p.read_text()) for p in (runner.store.root / "runs").glob("*.json")]
+    assert kept["summary"]["n_images"] == 4
+
+
+def test_another_extractor_looks_within_other_steps_too(runner: Runner) -> None:
+    deep = WithFeatures([Correspondence(confidence_range=None)], VAEFeatures(level=0))
+    ways = [Way("within", (Averaged([deep], draws=1),)), Way("deep", (deep,))]
+    found = {name: runs[0].counts for name, runs in runner.run(ways, scenes(runner), RULE).items()}
+    np.testing.assert_array_equal(found["within"], found["deep"])
+
+
+def test_a_source_without_a_readable_image_is_named(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SceneSource, "samples", lambda *_: [])
+    with pytest.raises(ConfigurationError, match="no image of degraded could be read"):
+        runner.run(WAYS, scenes(runner), RULE)
+
+
+def test_files_behind_links_count(tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "weights").write_text("old")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "vae").symlink_to(tmp_path / "vae")
+    before = hash_of_files(tmp_path / "model")
+    (tmp_path / "vae" / "weights").write_text("new")
+    assert hash_of_files(tmp_path / "model") != before
+
+
 def test_more_scenes_compute_only_the_new_batch(runner: Runner) -> None:
     small = runner.run(WAYS[:1], scenes(runner, 16), RULE)["blur"][0]
     before = runner.computed
@@ -73,6 +114,11 @@ def test_any_setting_or_weight_changes_the_key(runner: Runner, tmp_path: Path) -
         runner.description(way, scenes(runner, max_objects=1), RULE, 0),
         runner.description(way, SceneSource(runner.models, runner.store, "clip_es"), RULE, 0),
     ]
+    clip = shutil.copytree(runner.models.clip, tmp_path / "clip")
+    looks = replace(way, stages=(WithFeatures([step], OpenClipFeatures(str(clip))),))
+    others.append(runner.description(looks, source, RULE, 0))
+    (clip / "open_clip_config.json").write_text("{}")
+    others.append(runner.description(looks, source, RULE, 0))
     other = Models(write_stable_diffusion(tmp_path / "other", version=2), runner.models.clip)
     others.append(Runner(other, runner.store).description(way, source, RULE, 0))
     keys = {plain, *(key_of(each) for each in others)}
@@ -161,6 +207,11 @@ def test_crf_and_files_decide_their_own_labels(runner: Runner, tmp_path: Path) -
     assert (found["dcrf"][0].counts != found["seed"][0].counts).any()
     with pytest.raises(ConfigurationError, match="label file"):
         runner.run([Way("none", (LabelFiles(str(tmp_path / "no")),))], source, RULE)
+    for path in tmp_path.glob("*.png"):
+        Image.fromarray(np.zeros_like(Image.open(path))).save(path)
+    assert mean_iou(runner.run(ways[2:], source, RULE)["files"][0].counts) < 1, (
+        "read from the store"
+    )
 
 
 @pytest.mark.parametrize("kind", BANDS)

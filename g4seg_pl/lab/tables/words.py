@@ -123,7 +123,9 @@ def with_random_unet(lab: Lab) -> Models:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             config = UNet2DConditionModel.load_config(generator / "unet")
-            UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+            made = folder / "unet.tmp"
+            UNet2DConditionModel.from_config(config).save_pretrained(made)
+            made.rename(folder / "unet")  # a folder of this name is whole
     return Models(folder, lab.models.clip, lab.models.device)
 
 
