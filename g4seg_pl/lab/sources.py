@@ -206,9 +206,9 @@ class DataSource(Source):
 
     def _state_of_files(self) -> str:
         """Hash of the sizes and times of change of pictures, truth and seeds that lie here."""
-        return state_of_files(self._files())
+        return state_of_files(self._read_paths())
 
-    def _files(self) -> Iterator[Path]:
+    def _read_paths(self) -> Iterator[Path]:
         seeds = self.data.reader.seeds
         for name, item in self._items.items():
             try:
