@@ -88,6 +88,19 @@ class G4SegCLI(LightningCLI):
             kwargs["callbacks"] = [*callbacks, ImageProgress()]
         return super().instantiate_trainer(**kwargs)
 
+    def before_test(self) -> None:
+        """Make the folder that scores are written into at the end, while nothing is lost yet.
+
+        Raises:
+            ConfigurationError: it cannot be made.
+        """
+        out = writer_of(self.trainer).out
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"out: {out} cannot be made: {error}"
+            raise ConfigurationError(message) from error
+
     def predict(self, **kwargs: Any) -> None:
         """Predict without keeping the predictions in memory."""
         self.trainer.predict(return_predictions=False, **kwargs)

@@ -124,8 +124,15 @@ class DenseCRF(Callback):
         return (self.settings or preset(self.preset)).scaled(self.scale)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Fail before a model is loaded if pydensecrf is missing."""
+        """Fail before a model is loaded if pydensecrf is missing, or masks are not a refiner's."""
         require_crf()
+        if not hasattr(pl_module, "background"):
+            name = type(pl_module).__name__
+            msg = (
+                f"trainer.callbacks: DenseCRF sharpens a refiner's masks, not those of {name}; "
+                "set its own argument, such as model.crf"
+            )
+            raise ConfigurationError(msg)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """End the processes."""

@@ -102,12 +102,11 @@ class MaskWriter(BasePredictionWriter):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the folder and take finished images out of the run, before a model is loaded."""
+        if stage != "predict":
+            return
         if self.out.exists() and not self.out.is_dir():
             message = f"out: {self.out} is a file; give a folder for the masks"
             raise ConfigurationError(message)
-        if stage != "predict":
-            self._make_for_scores()
-            return
         datamodule = _require_datamodule(trainer)
         refuse_own_inputs(self._folder, datamodule)
         config = configuration(trainer, self.soft, tars=self.tar is not None)
@@ -128,14 +127,6 @@ class MaskWriter(BasePredictionWriter):
         self._records = RecordFile(self._processes.record(trainer.global_rank))
         self._sink = self._folder.sink(self._processes.name(trainer.global_rank))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mask-writer")
-
-    def _make_for_scores(self) -> None:
-        """Make the folder that scores are written into at the end, while nothing is lost yet."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            message = f"out: {self.out} cannot be made: {error}"
-            raise ConfigurationError(message) from error
 
     def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
         """Start the batch's clock."""

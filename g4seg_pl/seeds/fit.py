@@ -63,6 +63,13 @@ class FitCLI(LightningCLI):
             }
         )
 
+    def before_instantiate_classes(self) -> None:
+        """Let ``last`` be the checkpoint of this folder: Lightning looks for other names."""
+        config = self.config.fit
+        if config.ckpt_path == "last":
+            kept = Path(config.out) / f"{CHECKPOINT}.ckpt"
+            config.ckpt_path = str(kept) if kept.is_file() else None
+
     def instantiate_classes(self) -> None:
         """Make everything; a value that a class refuses is an error of the configuration."""
         try:

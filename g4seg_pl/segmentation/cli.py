@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.cli_errors import one_sentence
+from g4seg_pl.segmentation.module import SegmentationModule
 from g4seg_pl.segmentation.pictures import PictureLogger, batch_picture
 from g4seg_pl.types import ConfigurationError, G4SegError
 
@@ -91,6 +92,18 @@ class SegmentationCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             raise ConfigurationError(one_sentence(str(error))) from error
+        if isinstance(self.model, SegmentationModule):
+            self.model.restored_from = self._checkpoint()
+
+    def _checkpoint(self) -> str | None:
+        """The checkpoint that the run begins with; the trainer looks for it after the setup."""
+        config = self.config.get(str(self.subcommand)) if self.subcommand else None
+        if config is None or not config.ckpt_path:
+            return None
+        if config.ckpt_path != "last":
+            return str(config.ckpt_path)
+        last = Path(config.run) / "last.ckpt"
+        return str(last) if last.is_file() else None
 
     def predict(self, **kwargs: Any) -> None:
         """Predict without keeping the predictions in memory."""

@@ -85,11 +85,11 @@ class SegmentationModule(pl.LightningModule):
         self.confusion: ConfusionMatrix | None = None
         self._label_names: tuple[str, ...] = ()
         self._loaded = False
+        self.restored_from: str | None = None
 
     def configuration(self) -> dict[str, object]:
         """What decides a prediction, for the run record of a folder of predictions."""
-        trainer = self._trainer
-        path = getattr(trainer, "ckpt_path", None)
+        path = self.restored_from
         modified = Path(path).stat().st_mtime if path and Path(path).exists() else None
         return {
             "network": self.network,
@@ -130,7 +130,7 @@ class SegmentationModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Fetch published weights, once, unless a checkpoint will overwrite them."""
-        resumed = self._trainer is not None and getattr(self._trainer, "ckpt_path", None)
+        resumed = self.restored_from is not None
         if not self._loaded and not resumed and isinstance(self.network, Pretrained):
             self.network.load_pretrained()
         self._loaded = True

@@ -78,8 +78,11 @@ class RefreshPseudoLabels(Callback):
         done = trainer.current_epoch + 1
         due = done >= self.first_epoch and done % self.every_n_epochs == 0
         last = done == trainer.max_epochs or trainer.global_step >= trainer.max_steps > 0
-        if due and not last and isinstance(pl_module, SegmentationModule):
-            self._refresh(trainer, pl_module, self.out / f"epoch{done:03d}")
+        root = self.out / f"epoch{done:03d}"
+        # A resumed run ends the epoch it stopped after once more.
+        again = root == self._labels
+        if due and not last and not again and isinstance(pl_module, SegmentationModule):
+            self._refresh(trainer, pl_module, root)
 
     def _refresh(self, trainer: pl.Trainer, module: SegmentationModule, root: Path) -> None:
         """Write the masks of all training images, each process its share, and use them."""

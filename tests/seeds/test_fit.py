@@ -50,6 +50,10 @@ def test_fit_then_predict(words: list[str], capsys: pytest.CaptureFixture[str]) 
     assert frozen
     assert all(torch.equal(first[name], second[name]) for name in frozen)
     ResNetClassifier("resnet18", 20).load_state_dict(second)
+    assert fit(words, "--trainer.max_epochs", "3", "--ckpt_path", "last") == 0
+    told = capsys.readouterr().out
+    assert "epoch 3 of 3" in told
+    assert "epoch 1 of 3" not in told, "from the beginning"
 
     maps = ["--model.architecture", "resnet18", "--model.weights", "fit/classifier.ckpt"]
     maps += ["--model.scales", "[1.0]", "--out", "cam"]

@@ -18,11 +18,18 @@ from segmentation.test_networks import TINY_SEGFORMER
 from segmentation.trees import label_file, write_tree
 
 from g4seg_pl.segmentation.cli import main, run
+from g4seg_pl.segmentation.segformer import SegFormer
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs" / "train"
 FRAGMENTS = ("ema", "early_stop", "confident", "crf")
 WHOLE = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in FRAGMENTS)
+
+# Configurations validate by steps, thousands of them.
+VALIDATED_AT_ITS_END = (
+    *("--trainer.val_check_interval", "2"),
+    *("--trainer.check_val_every_n_epoch", "null"),
+)
 
 OTHER_NETWORK = """
 model:
@@ -81,7 +88,7 @@ def words(root: Path, config: str) -> list[str]:
 
 @pytest.mark.parametrize("config", WHOLE)
 def test_two_steps_of_every_configuration(root: Path, config: str) -> None:
-    two = ["--trainer.max_steps", "2", "--trainer.check_val_every_n_epoch", "2"]
+    two = ["--trainer.max_steps", "2", *VALIDATED_AT_ITS_END]
     # Dry runs take the configuration's own bfloat16, for which many CPUs have no arithmetic.
     two += ["--trainer.precision", "32-true"]
     # Checkpoints of the large networks are not written: that would take longer than the rest.
@@ -112,7 +119,7 @@ def test_somebody_elses_network_by_its_class(root: Path) -> None:
     arguments = words(root, "voc_deeplabv3plus_r50")
     # The configuration's own network has other arguments.
     cut = arguments.index("--model.network.depth")
-    two = ["--trainer.max_steps", "2", "--trainer.check_val_every_n_epoch", "2"]
+    two = ["--trainer.max_steps", "2", *VALIDATED_AT_ITS_END]
     bare = ["--trainer.logger", "false", "--best.save_top_k", "0", "--last.save_top_k", "0"]
     cli = run(["fit", *arguments[:cut], "-c", str(network), *two, *bare])
     assert type(cli.model.network).__module__.startswith("segmentation_models_pytorch")
@@ -136,6 +143,7 @@ def test_a_run_from_training_to_the_test_server(
     logs = next((root / "run").rglob("config.yaml"))
     assert "EMAWeightAveraging" in logs.read_text()
     assert "EarlyStopping" in logs.read_text()
+    assert not (root / "outputs").exists(), "nothing is predicted yet"
     assert main(["validate", *base]) == 0
     assert "val/miou" in capsys.readouterr().out
     assert main(["test", *base, "-c", str(CONFIGS / "crf.yaml")]) == 0
@@ -147,6 +155,30 @@ def test_a_run_from_training_to_the_test_server(
     for image_id in IDS:
         written = label_file(root / "predicted/masks" / f"{image_id}.png")
         assert np.array_equal(label_file(folder / f"{image_id}.png"), written)
+    capsys.readouterr()
+    again = ["predict", *base, "--out", "predicted"]
+    assert main([*again, "--ckpt_path", "run/last.ckpt"]) == 1
+    assert "differs in model.init_args.checkpoint" in capsys.readouterr().err
+    assert main([*again, "--trainer.callbacks", "g4seg_pl.callbacks.crf.DenseCRF"]) == 1
+    assert "not those of SegmentationModule; set its own argument" in capsys.readouterr().err
+
+
+def test_published_weights_are_not_fetched_for_a_checkpoint(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    load = SegFormer.load_pretrained
+    monkeypatch.setattr(
+        SegFormer, "load_pretrained", lambda self: fetched.append("weights") or load(self)
+    )
+    base = [*words(root, "voc_segformer_b1"), "--trainer.precision", "32-true"]
+    steps = [*VALIDATED_AT_ITS_END, "--trainer.logger", "false"]
+    assert main(["fit", *base, *steps, "--trainer.max_steps", "2"]) == 0
+    assert fetched == ["weights"]
+    goes_on = ["--trainer.max_steps", "4", "--ckpt_path", "last"]
+    assert main(["fit", *base, *steps, *goes_on]) == 0
+    assert main(["validate", *base]) == 0
+    assert fetched == ["weights"]
 
 
 def test_a_picture_of_a_batch(root: Path) -> None:

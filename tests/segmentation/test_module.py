@@ -181,6 +181,21 @@ def test_a_run_stops_when_miou_no_longer_rises(root: Path) -> None:
     assert run.current_epoch == 3
 
 
+def test_a_run_that_may_stop_early_resumes(root: Path) -> None:
+    def callbacks() -> list[Callback]:
+        (added,) = yaml.safe_load((CONFIGS / "early_stop.yaml").read_text())["trainer"][
+            "callbacks+"
+        ]
+        return [EarlyStopping(**added["init_args"]), last(root)]
+
+    bound = {"max_epochs": -1, "max_steps": 12}
+    with pytest.raises(KilledError):
+        trainer(root, Losses(die_at=8), *callbacks(), **bound).fit(small(), data_module(root))
+    run = trainer(root, *callbacks(), **bound)
+    run.fit(small(), data_module(root), ckpt_path=str(root / "ckpt" / "last.ckpt"))
+    assert run.global_step == 12
+
+
 def test_miou_is_the_data_sets_confusion_matrix(root: Path) -> None:
     module = small()
     run = trainer(root)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_voc import CLASSES, IDS
 from lightning.pytorch.callbacks import Callback
-from segmentation.test_module import last, small, trainer
+from segmentation.test_module import KilledError, Losses, last, small, trainer
 from segmentation.trees import data_module, label_file, write_tree
 
 from datamodules import PseudoLabelDataModule
@@ -105,6 +105,32 @@ def test_resumed_run_trains_on_the_refreshed_labels(root: Path) -> None:
     again = trainer(root, *callbacks(), folders, max_epochs=4)
     again.fit(small(), data_module(root), ckpt_path=str(root / "ckpt/last.ckpt"))
     assert folders.seen == ["epoch002"]
+
+
+def test_a_run_that_resumes_behind_a_refresh_does_not_refresh_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def callbacks() -> list[Callback]:
+        return [RefreshPseudoLabels(root / "refreshed", every_n_epochs=2), last(root)]
+
+    refreshed: list[str] = []
+    refresh = RefreshPseudoLabels._refresh
+
+    def noted(self: RefreshPseudoLabels, *given: Any) -> None:
+        refreshed.append(given[-1].name)
+        refresh(self, *given)
+
+    monkeypatch.setattr(RefreshPseudoLabels, "_refresh", noted)
+    # Killed within the epoch behind the refresh: the last checkpoint is that of epoch 2.
+    steps = {"max_epochs": -1, "max_steps": 3 * 3}
+    killed = trainer(root, *callbacks(), Losses(die_at=3 * 2 + 1), **steps)
+    with pytest.raises(KilledError):
+        killed.fit(small(), data_module(root, batch_size=1))
+    assert refreshed == ["epoch002"]
+    again = trainer(root, *callbacks(), **steps)
+    path = str(root / "ckpt/last.ckpt")
+    again.fit(small(), data_module(root, batch_size=1), ckpt_path=path)
+    assert refreshed == ["epoch002"]
 
 
 def test_other_data_is_refused(root: Path) -> None:
