@@ -45,7 +45,7 @@ TABLES := lab-sensitivity lab-signals lab-makers lab-refiners lab-groups lab-wor
 	lab-likelihood lab-rest
 .PHONY: lab-cam lab-chosen $(CHOICES) $(TABLES)
 lab: .venv/test.stamp $(CHECKPOINTS)
-	$(MAKE) -j$(PROCESSES) AFTER=lab-chosen lab-cam $(CHOICES) $(TABLES)
+	$(MAKE) -j$(PROCESSES) AFTER=lab-chosen $(CHOICES) lab-cam $(TABLES)
 	$(LAB) costs failures signal_pictures report
 
 # A table by itself takes the settings that are there; in `make lab` all of them wait for new ones.
