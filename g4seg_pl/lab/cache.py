@@ -34,7 +34,8 @@ def hash_of_files(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     walked = os.walk(folder, followlinks=True)
-    for path in sorted(Path(place, name) for place, _, names in walked for name in names):
+    found = (Path(place, name) for place, _, names in walked for name in names)
+    for path in sorted(path for path in found if path.is_file()):  # a link may lead nowhere
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as stream:
             while block := stream.read(1 << 20):
