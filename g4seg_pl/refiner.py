@@ -1,5 +1,6 @@
 """The two-line object: a model in, refined masks out."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
@@ -173,7 +174,9 @@ class G4SegRefiner:
         plain = load_generator(
             str(model), number_format, variant, revision, embedded_guidance, decoder
         ).to(place)
-        features = VAEFeatures() if features is None else features
+        # A copy, for some look with this refiner's own autoencoder: the caller may give the same
+        # extractor to another refiner.
+        features = VAEFeatures() if features is None else copy.copy(features)
         features.load(plain.vae)
         features.to(place, number_format)
         cache = None

@@ -13,6 +13,7 @@ from g4seg_pl.core.confidence import Averaged
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.steps import Blur, Correspondence
 from g4seg_pl.features.open_clip import OpenClipFeatures
+from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.recipes import steps_of
 from g4seg_pl.refiner import FINDINGS, G4SegRefiner, Refinement
 from g4seg_pl.types import BadItemError, ConfigurationError, Sample, Seed
@@ -54,6 +55,19 @@ def test_two_lines_refine_a_mask(
         assert mask.min() >= 0
         assert mask.max() <= 1
     assert not np.array_equal(found["dog"], MASK)
+
+
+def test_two_refiners_of_one_extractor_look_with_their_own_models(
+    sd1_folder: Path, sd2_folder: Path
+) -> None:
+    features = VAEFeatures()
+    first = G4SegRefiner.from_pretrained(str(sd1_folder), features=features, device="cpu")
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    before = first.features(images)
+    second = G4SegRefiner.from_pretrained(str(sd2_folder), features=features, device="cpu")
+    assert torch.equal(first.features(images), before)
+    other = second.features(images)
+    assert other.shape != before.shape or not torch.equal(other, before)
 
 
 def test_only_uncertain_pixels_change_by_default(refined: np.ndarray) -> None:

@@ -159,7 +159,7 @@ class OutputFolder:
         require_file_name(mask.image_id)
         for suffix, content in self.contents(mask).items():
             path = self.mask_path if suffix == "png" else self.soft_path
-            _write_bytes(path(mask.image_id), content)
+            write_bytes_atomically(path(mask.image_id), content)
 
     def contents(self, mask: RefinedMask) -> dict[str, bytes]:
         """The files of one image by their suffix, the label file last."""
@@ -217,17 +217,17 @@ def _soft_arrays(mask: RefinedMask) -> dict[str, NDArray[Any]]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let ``write`` fill a buffer, then write the file under a temporary name and rename it.
+    """Let ``write`` fill a buffer, then see :func:`write_bytes_atomically`."""
+    buffer = io.BytesIO()
+    write(buffer)
+    write_bytes_atomically(path, buffer.getbuffer())
+
+
+def write_bytes_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file under a temporary name and rename it.
 
     The temporary name is always the same for a file: after a kill, the next run overwrites it.
     """
-    buffer = io.BytesIO()
-    write(buffer)
-    _write_bytes(path, buffer.getbuffer())
-
-
-def _write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """See :func:`write_atomically`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Short, whatever the file's own name: that one may be as long as the disk allows.
     temporary = path.with_name(f".{blake2b(path.name.encode(), digest_size=8).hexdigest()}.tmp")

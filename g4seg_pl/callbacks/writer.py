@@ -70,6 +70,7 @@ class MaskWriter(BasePredictionWriter):
 
     Attributes:
         summary: how the run went, on rank 0 after it ended; None before.
+        skipped: the ids of images found finished when the run began, which it leaves out.
     """
 
     def __init__(
@@ -89,11 +90,11 @@ class MaskWriter(BasePredictionWriter):
         self.rank_timeout = rank_timeout
         self.tar = tar
         self.summary: RunSummary | None = None
+        self.skipped: frozenset[str] = frozenset()
         self._folder = _folder(self.out, soft, tar)
         self._sink: MaskSink | None = None
         self._processes = ProcessFiles(self.out)
         self._ids: tuple[str, ...] = ()
-        self._skipped: frozenset[str] = frozenset()
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[Future[None]] = deque()
         self._records: RecordFile | None = None
@@ -114,10 +115,10 @@ class MaskWriter(BasePredictionWriter):
         self._ids = tuple(item.image_id for item in datamodule.items)
         shard, keep = shard_of(datamodule), not self.override
         find = partial(finished_by, shared=shard is not None)
-        self._skipped = find(self._folder, config, self._ids) if keep else frozenset()
-        datamodule.exclude(self._skipped)
+        self.skipped = find(self._folder, config, self._ids) if keep else frozenset()
+        datamodule.exclude(self.skipped)
         self._limit = trainer.limit_predict_batches
-        _suit_to_what_is_left(len(self._ids) - len(self._skipped), trainer)
+        _suit_to_what_is_left(len(self._ids) - len(self.skipped), trainer)
         self._folder.make()
         self._processes = ProcessFiles(self.out, shard)
         self._processes.begin(trainer.global_rank)
@@ -168,7 +169,7 @@ class MaskWriter(BasePredictionWriter):
         self._processes.finish(trainer.global_rank)
         if trainer.is_global_zero:
             lost = self._processes.wait(trainer.world_size, self.rank_timeout)
-            summary = summarise(self._folder, self._ids, self._skipped)
+            summary = summarise(self._folder, self._ids, self.skipped)
             self.summary = replace(summary, lost_processes=lost)
             print_summary(self.summary)
 

@@ -188,6 +188,12 @@ class RefinementContext:
             other.first_draw = first_draw
         return other
 
+    def with_own_findings(self) -> "RefinementContext":
+        """Return the same context whose findings, the present ones at first, are its own."""
+        other = self.variant()
+        other._lasting = self.kept
+        return other
+
     def start_recording(self, *, enabled: bool) -> None:
         """Forget what the last step recorded, and keep what the next one does if enabled."""
         self._artifacts = {} if enabled else None

@@ -1,6 +1,6 @@
 """Likelihood: of several masks, the one under which the image denoises best (Eq. 6)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -24,6 +24,9 @@ from g4seg_pl.core.guided import box_mean
 from g4seg_pl.core.loss import DenoisingLoss, LossKind
 from g4seg_pl.core.paired import Paired
 from g4seg_pl.core.steps import NestedStep, any_needs_gradient
+
+# Far from the draws of any step, those of `Averaged` included.
+_JUDGED_FROM = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def paired_losses(
     loss: DenoisingLoss | None = None,
     all_classes_at_once: bool = False,
     keep_maps: bool = False,
+    noise_per_timestep: bool = False,
 ) -> PairedLosses:
     """Return the denoising loss of every candidate for every mask, under common noise.
 
@@ -69,9 +73,13 @@ def paired_losses(
         loss: how masks are injected; None binarises at 0.5 and injects with weight 20.
         all_classes_at_once: one row an image, with one loss for all of its masks.
         keep_maps: return the losses of every place too.
+        noise_per_timestep: no two timesteps share a draw, so that a mean over them averages more
+            of the noise out; shared draws let losses be compared from timestep to timestep.
     """
     loss = DenoisingLoss(injection_weight=20.0) if loss is None else loss
     pairs = list(product(timesteps, range(draws)))
+    if noise_per_timestep:
+        pairs = [(timestep, number) for number, (timestep, _) in enumerate(pairs)]
     losses, maps = [], []
     for candidate in candidates:
         groups, rows = _rows(candidate, context, all_classes_at_once=all_classes_at_once)
@@ -93,6 +101,9 @@ class ChooseByLikelihood:
     ``score_error``, how much better than an empty mask the chosen one explains the image, and
     its standard error; ``pixel_weights``, of the chosen mask against the empty one. With
     ``evidence``, shares explained stand in for -log L, with their sign turned where L's is.
+    What else a mask's chosen candidate found out about it, such as ``confidence``, is kept too;
+    not a number where that candidate measured none. No noise is judged under that a candidate
+    was made with.
 
     Attributes:
         candidates: lists of steps, each applied in order to the masks given.
@@ -148,22 +159,24 @@ class ChooseByLikelihood:
         self, foreground: Float[Tensor, "m H W"], context: RefinementContext
     ) -> Float[Tensor, "m H W"]:
         """Return each mask's best candidate."""
-        found = [foreground]
+        found, findings = [foreground], [context.kept]
         for steps in self.candidates:
-            masks = foreground
+            masks, nested = foreground, context.with_own_findings()
             for position, step in enumerate(steps, start=1):
-                masks = step(masks, context)
+                masks = step(masks, nested)
                 if self.every_step or position == len(steps):
                     found.append(masks)
+                    findings.append(nested.kept)
         # The empty mask is for the score alone and cannot be chosen.
         candidates = [*found, torch.zeros_like(foreground)]
         if self.evidence is None:
             losses = self.losses(candidates, context)
             chosen = choose(losses.without_last(), self.margin)
+            _keep_chosen(findings, chosen, context)
             self._record(losses, chosen, context)
             self._keep_weights(losses, chosen, foreground, context)
         else:
-            chosen = self._choose_by_evidence(self.evidence, candidates, context)
+            chosen = self._choose_by_evidence(self.evidence, candidates, findings, context)
         every = torch.arange(len(foreground), device=foreground.device)
         return torch.stack(found)[chosen, every]
 
@@ -181,26 +194,30 @@ class ChooseByLikelihood:
         together = self.all_classes_at_once
         return paired_losses(
             candidates,
-            context,
+            judging(context),
             self.timesteps,
             self.draws,
             loss=loss,
             all_classes_at_once=together,
             keep_maps=True,
+            noise_per_timestep=True,
         )
 
     def _choose_by_evidence(
         self,
         evidence: ClassEvidence,
         candidates: Sequence[Float[Tensor, "m H W"]],
+        findings: Sequence[Mapping[str, Tensor]],
         context: RefinementContext,
     ) -> Int[Tensor, " m"]:
         """Return the numbers of the candidates that explain most of the evidence."""
         cut = self.binarise_at
         masks = [each if cut is None else (each >= cut).to(each.dtype) for each in candidates]
-        passes = evidence.passes(context)
-        shares = evidence.shares(masks, context, passes)
+        under = judging(context)
+        passes = evidence.passes(under)
+        shares = evidence.shares(masks, under, passes)
         chosen = choose(shares.without_last(), self.margin)
+        _keep_chosen(findings, chosen, context)
         self._record(shares, chosen, context)
         stacked = torch.stack(masks)
         picked = stacked[chosen, torch.arange(len(chosen), device=chosen.device)]
@@ -230,6 +247,14 @@ class ChooseByLikelihood:
             best, empty = losses.maps[chosen, every], losses.maps[-1]
             size = (foreground.shape[1], foreground.shape[2])
             context.keep("pixel_weights", pixel_weights(best, empty, size))
+
+
+def judging(context: RefinementContext) -> RefinementContext:
+    """Return the context with noise that no candidate was made under.
+
+    A mask made under some noise may explain that noise better than it does other.
+    """
+    return context.variant(first_draw=context.first_draw + _JUDGED_FROM)
 
 
 def choose(losses: PairedLosses | ExplainedShares, margin: float = 0.0) -> Int[Tensor, " m"]:
@@ -293,6 +318,23 @@ def rank_images(
         for image, found in per_image.items()
     }
     return tuple(sorted(whole, key=lambda image: whole[image]))
+
+
+def _keep_chosen(
+    findings: Sequence[Mapping[str, Tensor]], chosen: Int[Tensor, " m"], context: RefinementContext
+) -> None:
+    """Keep what each mask's chosen candidate found out, not a number where it found nothing.
+
+    Args:
+        findings: by name, of every candidate.
+        chosen: the candidate's number, of every mask.
+        context: keeps them.
+    """
+    every = torch.arange(len(chosen), device=chosen.device)
+    for name, rows in {name: rows for each in findings for name, rows in each.items()}.items():
+        unknown = torch.full_like(rows, torch.nan)
+        measured = torch.stack([each.get(name, unknown) for each in findings])
+        context.keep(name, measured[chosen, every])
 
 
 def _rows(

@@ -8,8 +8,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from g4seg_pl.callbacks.output_folder import require_file_name, write_atomically
+from g4seg_pl.callbacks.output_folder import (
+    require_file_name,
+    write_atomically,
+    write_bytes_atomically,
+)
 from g4seg_pl.callbacks.palette import label_image
+from g4seg_pl.callbacks.writer import MaskWriter
+from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.types import RefinedMask
 
 
@@ -17,7 +23,8 @@ class VOCServerWriter(BasePredictionWriter):
     """Write ``OUT/results/VOC2012/Segmentation/<competition>_<split>_cls/<id>.png``.
 
     Pack the folder ``results`` with tar and upload it. Files are indexed by label at the picture's
-    own size; 255 does not occur.
+    own size; 255 does not occur. Images that ``MaskWriter`` leaves out, for an earlier run had
+    finished them, are taken from its folder.
 
     Args:
         out: folder that ``results`` is made in.
@@ -53,5 +60,19 @@ class VOCServerWriter(BasePredictionWriter):
         for mask in prediction:
             require_file_name(mask.image_id)
             image = label_image(mask.label.numpy())
-            path = self.folder / f"{mask.image_id}.png"
-            write_atomically(path, partial(image.save, format="PNG"))
+            write_atomically(self._path(mask.image_id), partial(image.save, format="PNG"))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Add the label files of images that an earlier run had finished."""
+        if stage != "predict" or not trainer.is_global_zero:
+            return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for writer in callbacks:
+            if isinstance(writer, MaskWriter) and writer.skipped:
+                labels = LabelFolder(writer.out, "out")
+                for image_id in writer.skipped:
+                    content = labels.mask_file(image_id).read_bytes()
+                    write_bytes_atomically(self._path(image_id), content)
+
+    def _path(self, image_id: str) -> Path:
+        return self.folder / f"{image_id}.png"

@@ -12,7 +12,7 @@ from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.diffusion import seeded_noise
 from g4seg_pl.core.evidence import ClassEvidence, ExplainedShares
 from g4seg_pl.core.grounding import Grounding
-from g4seg_pl.core.likelihood import ChooseByLikelihood
+from g4seg_pl.core.likelihood import ChooseByLikelihood, judging
 from g4seg_pl.core.refine import RefinementState, refine
 from g4seg_pl.core.steps import Blur
 
@@ -141,7 +141,7 @@ def test_choosing_by_evidence(scene: SceneMaker, soft_masks: Tensor) -> None:
     step = ChooseByLikelihood([[Blur(6.0)], [Blur(12.0)]], evidence=FEW)
     refined = refine(soft_masks, context, [step], seen.append)
     candidates = [soft_masks, Blur(6.0)(soft_masks, context), Blur(12.0)(soft_masks, context)]
-    shares = FEW.shares([(each >= 0.5).float() for each in candidates], context)
+    shares = FEW.shares([(each >= 0.5).float() for each in candidates], judging(context))
     best = shares.shares.mean(-1).argmax(0)
     for mask, winner in enumerate(best.tolist()):
         assert torch.equal(refined[mask], candidates[winner][mask])

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from g4seg_pl.core.confidence import Averaged, confidence
 from g4seg_pl.core.context import RefinementContext
+from g4seg_pl.core.diffusion import seeded_noise
+from g4seg_pl.core.evidence import ClassEvidence
 from g4seg_pl.core.generation import rows_per_class
 from g4seg_pl.core.gradient import Gradient
 from g4seg_pl.core.likelihood import (
@@ -25,7 +27,7 @@ from g4seg_pl.core.likelihood import (
 )
 from g4seg_pl.core.loss import DenoisingLoss
 from g4seg_pl.core.refine import RefinementState, refine
-from g4seg_pl.core.steps import Blur, Correspondence
+from g4seg_pl.core.steps import Blur, Correspondence, NestedStep
 
 SceneMaker = Callable[..., RefinementContext]
 
@@ -72,6 +74,12 @@ def test_losses_are_those_of_single_passes_under_common_noise(
     plain = DenoisingLoss(0.0)
     without = paired_losses([soft_masks], context, (200, 400), 2, loss=plain)
     torch.testing.assert_close(without.losses[0], found.losses[1], rtol=1e-4, atol=0)
+    own = paired_losses([soft_masks], context, (200, 400), 2, loss=loss, noise_per_timestep=True)
+    with torch.no_grad():
+        rows = rows_per_class(soft_masks, context)
+        for number, (t, draw) in enumerate([(200, 0), (200, 1), (400, 2), (400, 3)]):
+            expected = loss.per_row(rows, context, t, draw)
+            torch.testing.assert_close(own.losses[0, :, number], expected)
 
 
 def test_differences_are_paired() -> None:
@@ -218,6 +226,66 @@ def test_confidence_is_one_where_draws_agree(scene: SceneMaker, soft_masks: Tens
     assert context.kept["confidence"].min() < 0.95
     zero, one = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
     assert not confidence([zero, one]).any()
+
+
+@dataclass(frozen=True)
+class Sure:
+    """A step that moves the masks, and says how sure it is of them."""
+
+    amount: float
+    confidence: float
+
+    def __call__(self, foreground: Tensor, context: RefinementContext) -> Tensor:
+        context.keep("confidence", torch.full_like(foreground, self.confidence))
+        return Add(self.amount)(foreground, context)
+
+
+@pytest.mark.parametrize("evidence", [None, ClassEvidence(timesteps=(300,), draws=2)])
+def test_findings_are_those_of_the_chosen_candidates(
+    evidence: ClassEvidence | None, scene: SceneMaker, soft_masks: Tensor
+) -> None:
+    steps = [[Sure(0.3, 0.1), Sure(-0.6, 0.2)], [Sure(-0.2, 0.3)]]
+    choice = ChooseByLikelihood(steps, every_step=True, evidence=evidence)
+    seen: list[RefinementState] = []
+    context = scene()
+    refine(soft_masks, context, [choice], seen.append)
+    chosen = seen[0].artifacts["chosen"]
+    assert len(set(chosen.tolist())) > 1
+    expected = torch.tensor([torch.nan, 0.1, 0.2, 0.3])[chosen]
+    found = context.kept["confidence"]
+    torch.testing.assert_close(found[:, 0, 0], expected, equal_nan=True)
+    # What was known of the masks given stays known of those that stay.
+    known = scene()
+    refine(soft_masks, known, [Sure(0.0, 0.9), choice], seen.append)
+    chosen = seen[-1].artifacts["chosen"]
+    expected = torch.tensor([0.9, 0.1, 0.2, 0.3])[chosen]
+    torch.testing.assert_close(known.kept["confidence"][:, 0, 0], expected)
+
+
+@pytest.mark.parametrize("evidence", [None, ClassEvidence(timesteps=(200, 400), draws=2)])
+def test_no_candidate_is_judged_by_noise_that_made_it(
+    evidence: ClassEvidence | None,
+    scene: SceneMaker,
+    soft_masks: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[int] = []
+
+    def noted(shape: Any, seed: int, image: str, name: str, draw: int) -> Tensor:
+        drawn.append(draw)
+        return seeded_noise(shape, seed, image, name, draw)
+
+    monkeypatch.setattr("g4seg_pl.core.context.seeded_noise", noted)
+    context = scene()
+    candidates: list[list[NestedStep]] = [[Averaged([Correspondence()], draws=3)]]
+    candidates[0][0](soft_masks, context)
+    made_with, count = set(drawn), len(drawn)
+    step = ChooseByLikelihood(candidates, timesteps=(200, 400), draws=2, evidence=evidence)
+    step(soft_masks, context)
+    judged_by = set(drawn[2 * count :])
+    # Two timesteps of two draws each; none is met twice.
+    assert len(judged_by) == 4
+    assert made_with.isdisjoint(judged_by)
 
 
 def test_draws_share_what_depends_on_the_image_alone(scene: SceneMaker, soft_masks: Tensor) -> None:

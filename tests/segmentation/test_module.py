@@ -27,6 +27,7 @@ from g4seg_pl.callbacks.crf import CRFSettings
 from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.evaluation.confusion import confusion_matrix, mean_iou
 from g4seg_pl.segmentation.augmentation import Augmentation
+from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.segmentation.losses import SoftCrossEntropy
 from g4seg_pl.segmentation.module import SegmentationModule
 from g4seg_pl.segmentation.pictures import colours
@@ -303,6 +304,21 @@ def test_predictions_are_written_at_the_pictures_size(root: Path) -> None:
     clear = inside & (top[0] - top[1] > 2e-3)  # files hold half precision
     assert int(clear.sum()) > 100
     assert torch.equal(item["soft"].argmax(0)[clear], item["mask"][clear])
+
+
+@pytest.mark.parametrize("tar", [None, 2])
+def test_images_of_an_earlier_run_reach_the_server_too(root: Path, tar: int | None) -> None:
+    def predict(*more: Callback) -> None:
+        writer = MaskWriter(root / f"out{tar}", tar=tar)
+        run = trainer(root, writer, *more)
+        run.predict(small(), data_module(root), return_predictions=False)
+
+    predict()
+    predict(VOCServerWriter(root / f"server{tar}", "comp6", "val"))
+    folder = root / f"server{tar}/results/VOC2012/Segmentation/comp6_val_cls"
+    written = LabelFolder(root / f"out{tar}")
+    for image_id in IDS:
+        assert (folder / f"{image_id}.png").read_bytes() == written.mask_file(image_id).read_bytes()
 
 
 def test_test_scores_are_those_of_the_written_files(root: Path) -> None:
