@@ -152,20 +152,20 @@ def identity_of(vae: AutoencoderKL, features: DenseFeatures) -> str:
     """
     scale = (vae.config.scaling_factor, vae.config.shift_factor)
     digest = hashlib.sha256(f"{scale} ".encode())
-    for network in (vae, features):
-        for part in _described(network):
+    for network, left_out in ((vae, _DECODING), (features, ())):
+        for part in _described(network, left_out):
             digest.update(part)
     return digest.hexdigest()
 
 
-def _described(network: nn.Module) -> Iterator[bytes]:
+def _described(network: nn.Module, left_out: tuple[str, ...]) -> Iterator[bytes]:
     for name, part in network.named_modules():
-        if not name.startswith(_DECODING):
+        if not name.startswith(left_out):
             # Settings beside the weights: normalisation, activations, heads, a chosen layer.
             plain = {key: each for key, each in sorted(vars(part).items()) if _is_plain(key, each)}
             yield f"{name} {class_path(part)} {plain} ".encode()
     for name, weight in network.state_dict().items():
-        if not name.startswith(_DECODING):
+        if not name.startswith(left_out):
             yield f"{name} {weight.dtype} {tuple(weight.shape)} ".encode()
             yield _bytes(weight)
 

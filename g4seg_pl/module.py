@@ -1,5 +1,6 @@
 """The LightningModule: only wiring between data, refiner and scores."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -95,7 +96,8 @@ class G4SegModule(pl.LightningModule):
         self.update: tuple[UpdateStep, ...] = tuple(
             [Correspondence()] if update is None else update
         )
-        self.features = VAEFeatures() if features is None else features
+        # A copy: loaded, an extractor belongs to one model, device and number format.
+        self.features = VAEFeatures() if features is None else copy.deepcopy(features)
         self.background: BackgroundRule = background or Threshold()
         self.seed = seed
         self.number_format: Literal["auto", "float32", "bfloat16", "float16"] = dtype
@@ -204,10 +206,8 @@ class G4SegModule(pl.LightningModule):
             one an item, in order.
         """
         samples = [item for item in batch if isinstance(item, Sample)]
-        refined = {item.image_id: item for item in self._refine_each(samples)} if samples else {}
-        return [
-            item if isinstance(item, FailedSample) else refined[item.image_id] for item in batch
-        ]
+        refined = iter(self._refine_each(samples) if samples else ())
+        return [item if isinstance(item, FailedSample) else next(refined) for item in batch]
 
     def on_test_start(self) -> None:
         """Start counting."""

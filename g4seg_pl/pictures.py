@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from g4seg_pl.types import IGNORE_INDEX, BadItemError
@@ -23,9 +23,9 @@ def picture_to_tensor(picture: PictureLike) -> Tensor:
     """Return a picture as uint8 ``(3, H, W)``, RGB, on the CPU.
 
     Args:
-        picture: a PIL image of an 8-bit mode (turned upright by its EXIF tag), an array
-            ``(H, W, 3)`` or ``(H, W)``, or a tensor ``(3, H, W)``; arrays and tensors are
-            uint8, or floating point in [0, 1].
+        picture: a PIL image of an 8-bit mode, its pixels as they are stored (makers of masks read
+            them so too: an EXIF tag turns nothing), an array ``(H, W, 3)`` or ``(H, W)``, or a
+            tensor ``(3, H, W)``; arrays and tensors are uint8, or floating point in [0, 1].
 
     Raises:
         BadItemError: another mode, shape, number type or range.
@@ -34,8 +34,7 @@ def picture_to_tensor(picture: PictureLike) -> Tensor:
         if picture.mode not in _EIGHT_BIT_MODES:
             message = f"image has mode {picture.mode}; convert it to 8 bits a channel first"
             raise BadItemError(message)
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
-        return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     if isinstance(picture, np.ndarray):
         channels_last = picture[..., None].repeat(3, -1) if picture.ndim == 2 else picture
         expected, last = "(H, W, 3) or (H, W)", channels_last.shape[-1:]

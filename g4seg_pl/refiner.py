@@ -174,9 +174,9 @@ class G4SegRefiner:
         plain = load_generator(
             str(model), number_format, variant, revision, embedded_guidance, decoder
         ).to(place)
-        # A copy, for some look with this refiner's own autoencoder: the caller may give the same
-        # extractor to another refiner.
-        features = VAEFeatures() if features is None else copy.copy(features)
+        # A copy: loaded, an extractor belongs to one model, device and number format, and the
+        # caller may give the same one to another refiner.
+        features = VAEFeatures() if features is None else copy.deepcopy(features)
         features.load(plain.vae)
         features.to(place, number_format)
         cache = None
@@ -220,7 +220,8 @@ class G4SegRefiner:
 
         Args:
             image: a PIL image, an array ``(H, W, 3)`` or ``(H, W)``, or a tensor ``(3, H, W)``;
-                8 bits, or floating point in [0, 1].
+                8 bits, or floating point in [0, 1]. Its pixels count as they are stored: turn
+                one with an EXIF tag upright first if that is what the masks were made of.
             masks: by class name, each a PIL image, an array or a tensor ``(H, W)``: floating
                 point in [0, 1], boolean, integers 0 and 1 only, or 8 bits up to 255.
             image_id: the image's name; noise depends on it.

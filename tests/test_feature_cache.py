@@ -167,6 +167,22 @@ def test_identity_is_of_what_encodes(sd1_folder: Path, sd2_folder: Path) -> None
     assert identity_of(vae, refiner.features) != mine
 
 
+class WithHead(VAEFeatures):
+    """An extractor with a part that is named as the autoencoder's decoder is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = torch.nn.Linear(1, 1)
+
+
+def test_identity_is_of_every_part_of_an_extractor(sd1_folder: Path) -> None:
+    refiner = refiner_of(sd1_folder, None, features=WithHead())
+    mine = identity_of(refiner.generator.vae, refiner.features)
+    with torch.no_grad():
+        refiner.features.decoder.bias += 1
+    assert identity_of(refiner.generator.vae, refiner.features) != mine
+
+
 def test_identity_of_a_clip_is_of_its_settings_too(
     sd1_folder: Path, clip_folder: Path, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ from g4seg_pl.core.steps import Blur, Correspondence
 from g4seg_pl.core.threshold import told_threshold
 from g4seg_pl.evaluation.evaluate import evaluate
 from g4seg_pl.module import G4SegModule
-from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask
+from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask, Sample, Seed
 
 
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -91,6 +91,22 @@ def test_result_does_not_depend_on_the_batch(tmp_path: Path, sd1_folder: Path) -
     alone = predicted(module, data(tmp_path, batch_size=1))
     for name in IDS:
         torch.testing.assert_close(together[name].foreground, alone[name].foreground)
+
+
+def test_equal_ids_in_a_batch_keep_their_own_masks(sd1_folder: Path) -> None:
+    module = G4SegModule(str(sd1_folder), [Blur(sigma=0.0)])
+    module.configure_model()
+    pixels = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    maps = [torch.full((count, 40, 40), level) for count, level in ((1, 0.2), (2, 0.7))]
+    samples = [
+        Sample("same", pixels, Seed(tuple(range(1, len(m) + 1)), m), ("dog", "cat")[: len(m)])
+        for m in maps
+    ]
+    bad = FailedSample("same", "no seed")
+    found = module.predict_step([samples[0], bad, samples[1]])
+    assert found[1] is bad
+    torch.testing.assert_close(found[0].foreground, maps[0])
+    torch.testing.assert_close(found[2].foreground, maps[1])
 
 
 def test_step_may_take_gradients_within_inference_mode(tmp_path: Path, sd1_folder: Path) -> None:

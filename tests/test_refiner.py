@@ -58,7 +58,7 @@ def test_two_lines_refine_a_mask(
 
 
 def test_two_refiners_of_one_extractor_look_with_their_own_models(
-    sd1_folder: Path, sd2_folder: Path
+    sd1_folder: Path, sd2_folder: Path, clip_folder: Path
 ) -> None:
     features = VAEFeatures()
     first = G4SegRefiner.from_pretrained(str(sd1_folder), features=features, device="cpu")
@@ -68,6 +68,14 @@ def test_two_refiners_of_one_extractor_look_with_their_own_models(
     assert torch.equal(first.features(images), before)
     other = second.features(images)
     assert other.shape != before.shape or not torch.equal(other, before)
+    clip = OpenClipFeatures(str(clip_folder), image_size=64)
+    one, two = (
+        G4SegRefiner.from_pretrained(str(sd1_folder), features=clip, dtype=dtype, device="cpu")
+        for dtype in ("float32", "bfloat16")
+    )
+    assert {weight.dtype for weight in one.features.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in two.features.parameters()} == {torch.bfloat16}
+    assert not list(clip.parameters())
 
 
 def test_only_uncertain_pixels_change_by_default(refined: np.ndarray) -> None:

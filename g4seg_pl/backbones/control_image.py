@@ -68,17 +68,17 @@ def coloured(
     colours mix.
 
     Args:
-        masks: in [0, 1]; a row's maps beyond its colours are all zero.
+        masks: in [0, 1]; a row's maps beyond its colours are all zero, or the background's own.
         colours: of each row's classes, in order.
         background: of what no mask covers; black is "not labelled" in ADE20K's pictures.
     """
-    table = masks.new_zeros(*masks.shape[:2], 3)
+    behind = torch.tensor(background).to(masks) / 255
+    table = behind.repeat(*masks.shape[:2], 1)
     for row, each in enumerate(colours):
         table[row, : len(each)] = torch.tensor(each).to(masks) / 255
     shares = masks / masks.sum(1, keepdim=True).clamp(min=1)
     rest = 1 - shares.sum(1, keepdim=True)
-    around = (torch.tensor(background).to(masks) / 255)[:, None, None]
-    return torch.einsum("bchw,bck->bkhw", shares, table) + rest * around
+    return torch.einsum("bchw,bck->bkhw", shares, table) + rest * behind[:, None, None]
 
 
 def _has_colour(name: str, chosen: Mapping[str, ColourChoice]) -> bool:

@@ -20,6 +20,9 @@ from g4seg_pl.core.threshold import centre_threshold, check_threshold, restore_t
 
 Norm = Literal["max", "range", "area", "none"]
 
+# Below this share of its maximum a map's range is rounding.
+_FLAT = 1e-5
+
 
 @dataclass(frozen=True)
 class Propagation(ABC):
@@ -255,7 +258,9 @@ def rescale(
             return (moved / top.clamp_min(tiny)).clamp(0, 1)
         case "range":
             low = ordered[..., :1]
-            return ((moved - low) / (top - low).clamp_min(tiny)).clamp(0, 1)
+            stretched = ((moved - low) / (top - low).clamp_min(tiny)).clamp(0, 1)
+            # A flat mask stays flat up to rounding, which would be stretched to all of [0, 1].
+            return torch.where(top - low > _FLAT * top, stretched, before)
         case "area":
             kept = (before >= 0.5).sum(-1, keepdim=True)
             last = (moved.shape[-1] - kept).clamp_max(moved.shape[-1] - 1)

@@ -57,7 +57,7 @@ def ddim_path(
     if not kept:
         message = f"timestep is {highest}; the first of {steps} DDIM steps is at {offset}"
         raise ValueError(message)
-    levels = alphas_cumprod[[0, *kept]].double()
+    levels = alphas_cumprod[[0, *kept]].cpu().double()  # MPS has no float64
     return DDIMPath(kept, tuple(float(alpha) for alpha in levels))
 
 

@@ -7,6 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+# A power of two changes no digit of a float32 or bfloat16.
+_SCALE = 2.0**14
+
 
 @dataclass(frozen=True)
 class Parametrisation:
@@ -99,6 +102,26 @@ class AdamMoments:
         spread = (self.second / (1 - square_decay**self.count)).sqrt() + epsilon
         # Gradients per cell are small beyond measure; only a zero one may fall below this.
         return mean / spread.clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+def gradient_of(objective: Float[Tensor, ""], variable: Float[Tensor, "..."]) -> Tensor:
+    """Return the objective's gradient, and leave none behind where weights ask for them.
+
+    It is scaled up on its way back, because in a float16 network much of it, less than 6e-8 at a
+    place of the latent or of an attention matrix, would be zero.
+
+    Args:
+        objective: what came of the variable.
+        variable: float32.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    (scaled,) = torch.autograd.grad(objective * _SCALE, variable)
+    if not torch.isfinite(scaled).all():
+        message = "the gradient is not finite; a float16 model overflows, load it in bfloat16"
+        raise FloatingPointError(message)
+    return scaled / _SCALE
 
 
 def normalised_direction(

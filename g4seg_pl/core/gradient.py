@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from g4seg_pl.core.context import RefinementContext
-from g4seg_pl.core.descent import AdamMoments, Parametrisation, normalised_direction
+from g4seg_pl.core.descent import (
+    AdamMoments,
+    Parametrisation,
+    gradient_of,
+    normalised_direction,
+)
 from g4seg_pl.core.generation import (
     Groups,
     Rows,
@@ -243,9 +248,7 @@ class Gradient:
             injected = replace(rows, foreground=masks, tokens=tokens)
             losses = self._loss.per_row(injected, context, timestep, draw)
             objective = losses.log() if self.relative_loss else losses
-            # Not backward(): it would leave gradients behind wherever weights ask for them.
-            (gradient,) = torch.autograd.grad(objective.sum(), variable)
-        return gradient
+            return gradient_of(objective.sum(), variable)
 
     @property
     def _loss(self) -> DenoisingLoss:

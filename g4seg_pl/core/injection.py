@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+InjectionRule = Literal["eq5", "dense_diffusion"]
+
 # Fused attention kernels want head sizes that are multiples of this.
 _HEAD_MULTIPLE = 8
 
@@ -23,8 +25,8 @@ class Injection:
         foreground: S, ``(b, c, H, W)`` in [0, 1]; may require a gradient if ``binarise_at`` is
             None. Classes beyond a row's own are all-zero maps.
         tokens: k, ``(b, c, l)``, 1 at the prompt's tokens of each class.
-        weight: w of Eq. 5, at least 0; with ``dense_diffusion`` its λ. 0 leaves the U-Net
-            untouched.
+        weight: w of Eq. 5, at least 0; with ``dense_diffusion`` its λ, at most 1. 0 leaves the
+            U-Net untouched.
         cross_attention: inject A_cross (Eq. 3).
         self_attention: inject A_self (Eq. 4).
         rule: ``eq5`` as printed, or DenseDiffusion's, in proportion to each row's own range.
@@ -40,17 +42,18 @@ class Injection:
     weight: float
     cross_attention: bool = True
     self_attention: bool = True
-    rule: Literal["eq5", "dense_diffusion"] = "eq5"
+    rule: InjectionRule = "eq5"
     binarise_at: float | None = 0.5
     resize: Literal["nearest", "area"] = "area"
     dense_strengths: tuple[float, float] = (1.0, 0.3)
     classes: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a weight whose square root does not exist."""
+        """Refuse a weight that the rule has no meaning for."""
         if self.weight < 0:
             message = f"injection weight is {self.weight}; give 0 (off) or more"
             raise ValueError(message)
+        check_rule(self.rule, self.weight)
 
     @property
     def active(self) -> bool:
@@ -67,6 +70,21 @@ class Injection:
         if self.binarise_at is not None:
             resized = (resized >= self.binarise_at).to(resized.dtype)
         return resized.flatten(2)
+
+
+def check_rule(rule: InjectionRule, weight: float) -> None:
+    """Refuse a weight of Eq. 5 where DenseDiffusion's λ is meant.
+
+    Raises:
+        ValueError: λ is above 1: logits would move past their row's own range, the least similar
+            keys to the top.
+    """
+    if rule == "dense_diffusion" and weight > 1:
+        message = (
+            f"injection_weight is {weight:g}, but with injection_rule dense_diffusion it is that "
+            "rule's λ; give 0 (off) to 1"
+        )
+        raise ValueError(message)
 
 
 def injected_attention(
@@ -127,7 +145,7 @@ def dense_diffusion_attention(
         value: V.
         rows: masks over the query tokens, in [0, 1].
         columns: masks over the key tokens, in [0, 1].
-        weight: w_k·λ_t, at least 0; 0 is plain attention.
+        weight: w_k·λ_t, from 0, plain attention, to 1.
         scale: the factor before the softmax; 1/√d if None.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale

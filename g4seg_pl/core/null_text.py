@@ -13,7 +13,7 @@ from torch import Tensor
 
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.ddim import DDIMPath, clean_and_noise, ddim_invert, ddim_move, ddim_path
-from g4seg_pl.core.descent import AdamMoments
+from g4seg_pl.core.descent import AdamMoments, gradient_of
 from g4seg_pl.core.generation import Rows
 from g4seg_pl.core.injection import Injection
 from g4seg_pl.core.protocols import PredictionType
@@ -156,7 +156,7 @@ def _fit_one(
             variable = embedding.detach().requires_grad_()
             losses = (step.down(latent, told, variable) - target).square().flatten(1).mean(1)
             # A sum: a row's gradient must not depend on how many stand beside it.
-            (gradient,) = torch.autograd.grad(losses.sum(), variable)
+            gradient = gradient_of(losses.sum(), variable)
         moved = embedding - rate * moments.direction(gradient, epsilon=1e-8)
         embedding = torch.where(active[:, None, None], moved, embedding)
         active = active & (losses.detach() >= limit)

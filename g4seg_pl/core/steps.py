@@ -26,7 +26,7 @@ from g4seg_pl.core.generation import (
     rows_per_class,
     rows_per_image,
 )
-from g4seg_pl.core.injection import Injection
+from g4seg_pl.core.injection import Injection, InjectionRule, check_rule
 
 
 @runtime_checkable
@@ -81,7 +81,8 @@ class Correspondence:
         all_classes_at_once: name all classes of an image in one prompt and inject their masks
             in one pass, instead of one pass a class.
         noise_per: whether each class draws its own noise or an image's classes share it.
-        injection_rule: Eq. 5 as printed, or DenseDiffusion's rule with λ = the weight.
+        injection_rule: Eq. 5 as printed, or DenseDiffusion's rule, whose λ the weight then is: at
+            most 1, where Kim et al. take (t/1000)^5.
         inject_cross_attention: inject into cross-attention (Eq. 3).
         inject_self_attention: inject into self-attention (Eq. 4).
         binarise_at: from where on a mask counts as 1 when injected (S_c of Eq. 3 and 4), which
@@ -100,7 +101,7 @@ class Correspondence:
     carry: Literal["difference", "values"] = "difference"
     all_classes_at_once: bool = False
     noise_per: Literal["class", "image"] = "class"
-    injection_rule: Literal["eq5", "dense_diffusion"] = "eq5"
+    injection_rule: InjectionRule = "eq5"
     inject_cross_attention: bool = True
     inject_self_attention: bool = True
     binarise_at: float | None = 0.5
@@ -114,6 +115,7 @@ class Correspondence:
         if self.injection_weight < 0:
             message = f"injection_weight is {self.injection_weight}; give 0 (off) or more"
             raise ValueError(message)
+        check_rule(self.injection_rule, self.injection_weight)
         if self.confidence_range is not None:
             low, high = self.confidence_range
             if not 0 <= low <= high <= 1:

@@ -57,7 +57,7 @@ def test_each_kind_of_injection_alone_changes_the_output(
     unet: UNet2DConditionModel, rule: str, kind: str
 ) -> None:
     options = {"cross_attention": False, "self_attention": False, kind: True, "rule": rule}
-    processor = processor_of(9.0, 16, 16, **options)
+    processor = processor_of(9.0 if rule == "eq5" else 1.0, 16, 16, **options)
     with installed(unet, {name: processor for name, _ in attention_layers(unet)}):
         changed = call(unet, 16, 16)
     assert (changed - call(unet, 16, 16)).abs().max() > 1e-6
@@ -73,7 +73,8 @@ def test_layer_of_each_kind_is_the_explicit_formula_at_its_own_strength(
     generator = torch.Generator().manual_seed(1)
     tokens = 3 * torch.randn(2, 10 * 22, layer.query_dim, generator=generator)
     text = torch.randn(2, 77, layer.cross_attention_dim, generator=generator) if cross else None
-    processor = processor_of(2.0, 10, 22, rule=rule, dense_strengths=(0.9, 0.2))
+    weight = 2.0 if rule == "eq5" else 0.8
+    processor = processor_of(weight, 10, 22, rule=rule, dense_strengths=(0.9, 0.2))
     rows = (processor.injection.foreground.flatten(2)[:, 0] >= 0.5).float()
     columns = processor.injection.tokens[:, 0] if cross else rows
 
@@ -86,12 +87,12 @@ def test_layer_of_each_kind_is_the_explicit_formula_at_its_own_strength(
         logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
         pairs = (rows[:, :, None] * columns[:, None, :])[:, None]
         if rule == "eq5":
-            logits = logits + 2.0 * pairs / query.shape[-1] ** 0.5
+            logits = logits + weight * pairs / query.shape[-1] ** 0.5
         else:
             smaller = 1 - (rows * rows.mean(1, keepdim=True))[:, None, :, None]
             up = pairs * (logits.amax(-1, keepdim=True) - logits)
             down = (1 - pairs) * (logits - logits.amin(-1, keepdim=True))
-            logits = logits + 2.0 * strength * smaller * (up - down)
+            logits = logits + weight * strength * smaller * (up - down)
         mixed = logits.softmax(-1) @ value
         return layer.to_out[0](mixed.transpose(1, 2).flatten(2))
 

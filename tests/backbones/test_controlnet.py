@@ -111,6 +111,14 @@ def test_hard_masks_are_painted_exactly_and_the_rest_is_background() -> None:
     assert torch.equal(bytes_, expected)
 
 
+def test_a_map_of_the_background_itself_is_painted_as_background() -> None:
+    inside = torch.rand(1, 1, 4, 6, generator=torch.Generator().manual_seed(0))
+    competing = torch.cat([inside, 1 - inside], dim=1)
+    colours = [[(255, 0, 122)]]
+    found, expected = (coloured(each, colours, (9, 8, 7)) for each in (competing, inside))
+    torch.testing.assert_close(found, expected)
+
+
 def test_soft_and_overlapping_masks_stay_between_their_colours() -> None:
     masks = torch.rand(1, 2, 8, 8, requires_grad=True)
     picture = coloured(masks, [[(255, 0, 0), (0, 255, 0)]])
@@ -220,7 +228,7 @@ def test_the_weight_of_attention_does_not_matter_but_masks_and_classes_do(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "dense_diffusion"}, "leave injection_rule"),
+        ({"rule": "dense_diffusion", "weight": 1.0}, "leave injection_rule"),
         ({"cross_attention": False}, "leave injection_rule"),
         ({"classes": ()}, "names classes of 0 rows, masks are of 2"),
         ({"classes": (("dog",), ("train",))}, "'train': ADE20K has no class near"),

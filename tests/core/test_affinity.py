@@ -377,6 +377,13 @@ def test_an_empty_mask_stays_empty() -> None:
         assert not rescale(zero, zero, norm).any()
 
 
+@pytest.mark.parametrize("level", [1.0, 0.3])
+def test_a_flat_mask_stays_what_it_is(level: float) -> None:
+    flat = torch.full((1, 1, 100), level)
+    rounded = flat + 1e-7 * torch.randn(1, 1, 100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rescale(rounded, flat, "range"), flat)
+
+
 @given(st.floats(0.05, 0.95), st.floats(0, 1))
 def test_a_threshold_comes_back_to_its_place(threshold: float, value: float) -> None:
     mask = torch.tensor([value, 0.0, 1.0, threshold], dtype=torch.float64)

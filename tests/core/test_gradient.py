@@ -15,7 +15,12 @@ from torch.nn import functional
 
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.core.context import RefinementContext
-from g4seg_pl.core.descent import AdamMoments, Parametrisation, normalised_direction
+from g4seg_pl.core.descent import (
+    AdamMoments,
+    Parametrisation,
+    gradient_of,
+    normalised_direction,
+)
 from g4seg_pl.core.diffusion import predict_clean
 from g4seg_pl.core.generation import Rows, rows_per_class
 from g4seg_pl.core.gradient import Gradient
@@ -386,6 +391,23 @@ def test_parametrisations_return_the_mask(kind: Any) -> None:
         shares = several.masks(several.leaf(torch.rand(2, 2, 4, 4)))
         torch.testing.assert_close(shares.sum(1), torch.ones(2, 4, 4))
         assert not shares[1, 1].any()
+
+
+def test_small_gradients_survive_a_network_in_float16() -> None:
+    variable = torch.linspace(0.2, 0.8, 64 * 64).view(1, 1, 64, 64).requires_grad_()
+    expected = 2e-4 * variable.detach() / variable.numel()
+
+    def objective(number_format: torch.dtype) -> Tensor:
+        # A layer's small part in the mean over a latent: 6e-9 to 2e-8, where float16 has 6e-8.
+        passed = 1e-2 * variable.to(number_format)
+        return passed.float().square().mean()
+
+    found = gradient_of(objective(torch.float16), variable)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+    (plain,) = torch.autograd.grad(objective(torch.float32), variable)
+    assert torch.equal(gradient_of(objective(torch.float32), variable), plain)
+    with pytest.raises(FloatingPointError, match="float16 model overflows"):
+        gradient_of(1e30 * objective(torch.float16), variable)
 
 
 def test_adam_is_pytorchs() -> None:

@@ -160,6 +160,33 @@ def test_nearest_picks_single_pixels() -> None:
     assert torch.isin(found, foreground).all()
 
 
+@settings(max_examples=30)
+@given(seed=st.integers(0, 1000), weight=st.floats(0, 1))
+def test_dense_diffusion_keeps_the_order_of_keys_inside_and_of_those_outside(
+    seed: int, weight: float
+) -> None:
+    query, key, _ = random_attention(seed, 2, 6, 9, 9)  # values say which key was attended to
+    numbers = torch.Generator().manual_seed(seed)
+    rows = torch.rand(2, 1, 6, generator=numbers).round()
+    columns = torch.rand(2, 1, 9, generator=numbers).round()
+    every = torch.eye(9).expand(2, 2, 9, 9)
+    found = dense_diffusion_attention(query, key, every, rows, columns, weight)
+    plain = functional.scaled_dot_product_attention(query, key, every)
+    pairs = (rows.transpose(1, 2) * columns)[:, None].expand_as(plain)
+    for own in (pairs == 1, pairs == 0):
+        before = plain.masked_fill(~own, -1)
+        favourite = before.argmax(-1, keepdim=True)
+        most = found.masked_fill(~own, -1).amax(-1, keepdim=True)
+        torch.testing.assert_close(
+            found.masked_fill(~own, -1).gather(-1, favourite), most, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_weight_of_the_other_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="rule's λ; give 0"):
+        Injection(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 5), 10.0, rule="dense_diffusion")
+
+
 def test_a_negative_weight_is_refused() -> None:
     with pytest.raises(ValueError, match=r"injection weight is -1.0; give 0 \(off\) or more"):
         Injection(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 5), -1.0)

@@ -89,7 +89,12 @@ STEPS = [
     Correspondence(matching="aligned", confidence_range=None),
     Correspondence(matching="self", match_size=6),
     Correspondence(all_classes_at_once=True, confidence_range=None, carry="values"),
-    Correspondence(injection_rule="dense_diffusion", noise_per="image", guidance_scale=3.0),
+    Correspondence(
+        injection_rule="dense_diffusion",
+        injection_weight=1.0,
+        noise_per="image",
+        guidance_scale=3.0,
+    ),
     Correspondence(binarise_at=None, mask_resize="nearest", inject_cross_attention=False),
     Correspondence(injection_weight=0.0),
     Blur(),
@@ -232,7 +237,7 @@ def test_every_field_about_injection_reaches_the_generator(
     context = make_context()
     seen = given_to_the_unet(generator, monkeypatch)
     Correspondence(
-        injection_weight=3.0,
+        injection_weight=0.75,
         injection_rule="dense_diffusion",
         inject_cross_attention=cross,
         inject_self_attention=not cross,
@@ -245,7 +250,7 @@ def test_every_field_about_injection_reaches_the_generator(
         assert torch.equal(marked.bool(), context.prompt((name,))[1])
     assert same_but_tensors(
         injection,
-        3.0,
+        0.75,
         cross_attention=cross,
         self_attention=not cross,
         rule="dense_diffusion",
@@ -369,6 +374,7 @@ def test_a_step_that_breaks_a_mask_is_named(make_context: ContextMaker, foregrou
     [
         ({"beta": 1.5}, "beta is 1.5"),
         ({"injection_weight": -1.0}, "injection_weight is -1.0"),
+        ({"injection_rule": "dense_diffusion"}, "rule's λ; give 0"),
         ({"confidence_range": (0.6, 0.2)}, r"confidence_range is \(0.6, 0.2\)"),
     ],
 )

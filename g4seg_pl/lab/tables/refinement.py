@@ -117,7 +117,7 @@ def sensitivity(lab: Lab) -> Table:
         step, way = correspondence_of(lab, kind)
         first = kind == lab.kinds[0]
         changed = [
-            Way(f"{name} = {value}", (replace(step, **{name: value}),), way.background)
+            Way(f"{name} = {value}", (_changed(step, name, value),), way.background)
             for name, values in (AXES | (READINGS if first else {})).items()
             for value in values
         ]
@@ -133,9 +133,16 @@ def sensitivity(lab: Lab) -> Table:
     notes = (
         "Shown on test scenes; nothing is chosen from this table.",
         "Beyond the first kind of seeds, feature spaces have one noise seed, to spare time.",
+        "DenseDiffusion's rule has its λ at 1, full strength: Eq. 5's w is of another unit.",
     )
     title = "The paper's update, one setting changed at a time"
     return Table("sensitivity", title, tuple(rows), lab.protocol(*lab.kinds), notes)
+
+
+def _changed(step: Correspondence, name: str, value: Any) -> Correspondence:
+    """The step with one setting changed; DenseDiffusion's rule at full strength, λ = 1."""
+    weight: dict[str, Any] = {"injection_weight": 1.0} if value == "dense_diffusion" else {}
+    return replace(step, **{name: value}, **weight)
 
 
 def _feature_spaces(lab: Lab) -> Iterator[tuple[str, DenseFeatures]]:
