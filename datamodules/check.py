@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datamodules.base import SeedDataModule
     from datamodules.items import Item
 
+FILES = ("-c", "--config")
 OF_A_RUN = ("--model", "--writer", "--trainer", "--out", "--override", "--seed_everything")
 SHOWN = 20
 """So many complaints are printed; the rest is counted."""
@@ -104,11 +105,11 @@ def data_of_run(words: Sequence[str]) -> list[str]:
     left, found, files, data = list(words), [], [], []
     while left:
         option, equals, value = left.pop(0).partition("=")
-        if option in ("-c", "--config") and (equals or left):
+        if option in FILES and (equals or left):
             files.append(Path(value if equals else left.pop(0)))
             data += [section] if (section := _data_of(files[-1])) else []
         elif option in OF_A_RUN or option.startswith(tuple(f"{each}." for each in OF_A_RUN)):
-            if not equals and left and not left[0].startswith("--"):
+            if not equals and left and not _is_option(left[0]):
                 left.pop(0)
         else:
             found.append(option + equals + value)
@@ -118,6 +119,11 @@ def data_of_run(words: Sequence[str]) -> list[str]:
         message = f"-c {files[-1]} has no `data`; give a file of g4seg predict, or --data CLASS"
         raise ConfigurationError(message)
     return [*(word for each in data for word in ("--data", json.dumps(each))), *found]
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word begins an option; others, -1 too, are values of the one before."""
+    return word.startswith("--") or word.partition("=")[0] in FILES
 
 
 def _data_of(file: Path) -> object:

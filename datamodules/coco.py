@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from datamodules.base import SeedDataModule
 from datamodules.images import Orientation
-from datamodules.items import ImageFolder, Item, read_list
+from datamodules.items import ImageFolder, Item, numbered, read_list
 from datamodules.layout import first_folder, ids_in
 from datamodules.seed_files.maps import CategoryIds, Dialect, ReadOptions
 from datamodules.truth import TruthOptions
@@ -118,4 +118,4 @@ class COCODataModule(SeedDataModule):
 
     @staticmethod
     def _truth(image_id: str, truths: dict[str, Path]) -> Path | None:
-        return truths.get(image_id) or truths.get(image_id.rpartition("_")[2])
+        return truths.get(image_id) or truths.get(numbered(image_id))

@@ -16,6 +16,14 @@ LONGEST_ID = 251  # 255 bytes, with .png
 BARE_NUMBER = re.compile(r"(COCO_[a-z]+\d+_)?\d+")
 
 
+def numbered(image_id: str) -> str:
+    """The name under which other projects keep files of a picture of COCO 2014: its digits alone.
+
+    Any other id is its own.
+    """
+    return image_id.rpartition("_")[2] if BARE_NUMBER.fullmatch(image_id) else image_id
+
+
 @dataclass(frozen=True)
 class Item:
     """One image of a data set, as listed; no file has been opened.

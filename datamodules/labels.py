@@ -2,6 +2,8 @@
 
 Files: lines `id 3 14` (0-based class ids, as in CLIP-ES's lists) or `id dog person` (names); or
 the `cls_labels.npy` of IRN, SEAM and MCTformer, `{id: one-hot array}`, read without executing it.
+An array has a value for each class of the list; for COCO's 80 also one for each category id, 1 to
+90 (90 values, as WeakTr has them) or 0 to 90 (91). Ids may have a picture's suffix: `id.jpg`.
 """
 
 import re
@@ -14,8 +16,9 @@ import numpy as np
 
 from datamodules.classes import ClassList
 from datamodules.errors import bad_item
-from datamodules.items import BARE_NUMBER, read_lines
+from datamodules.items import BARE_NUMBER, numbered, read_lines
 from datamodules.npy import read_npy
+from datamodules.seed_files.maps import COCO_CATEGORY_IDS
 from g4seg_pl.types import BadItemError, ConfigurationError
 
 
@@ -81,7 +84,8 @@ class FileLabels:
         classes: the class list.
 
     Raises:
-        ConfigurationError: there is no such file, or it cannot be read.
+        ConfigurationError: there is no such file, it cannot be read, or its arrays number other
+            classes than the list.
     """
 
     def __init__(self, path: Path, classes: ClassList) -> None:
@@ -91,7 +95,7 @@ class FileLabels:
         self._path, self._classes = path, classes
         self._numbered = path.suffix == ".npy"  # IRN's have numbers for names
         try:
-            self._rows = _npy_rows(path) if path.suffix == ".npy" else _text_rows(path)
+            self._rows = _npy_rows(path, len(classes)) if self._numbered else _text_rows(path)
         except (BadItemError, ValueError, TypeError) as error:
             message = f"labels: {error}"
             raise ConfigurationError(message) from error
@@ -100,7 +104,7 @@ class FileLabels:
         """Label values of an image; BadItemError if the file does not list it."""
         row = self._rows.get(image_id)
         if row is None and (self._numbered or BARE_NUMBER.fullmatch(image_id)):
-            row = self._rows.get(_number(image_id))
+            row = self._rows.get(_number(image_id)) or self._rows.get(numbered(image_id))
         if row is None:
             raise bad_item(self._path, f"no labels for image {image_id}", "Add it to the file")
         if all(field.isdecimal() for field in row):
@@ -120,17 +124,61 @@ def _number(image_id: str) -> str:
     return (re.sub(r"\D", "", re.sub(r"^COCO_[a-z]+\d+_", "", image_id))).lstrip("0")
 
 
+def _bare(key: str) -> str:
+    """An image id from a key of a file, which may be the name of a picture."""
+    return re.sub(r"\.(jpe?g|png)\Z", "", key, flags=re.IGNORECASE)
+
+
 def _text_rows(path: Path) -> dict[str, list[str]]:
     """Fields by image id; names of two words are joined by underscores in the file."""
     lines = [line.split() for line in read_lines(path, "labels")]
-    return {line[0]: line[1:] for line in lines if line}
+    return {_bare(line[0]): line[1:] for line in lines if line}
 
 
-def _npy_rows(path: Path) -> dict[str, list[str]]:
+def _npy_rows(path: Path, classes: int) -> dict[str, list[str]]:
+    """0-based class ids by image id."""
     content = read_npy(path)
     if not isinstance(content, Mapping):
         raise bad_item(path, "not a dictionary of labels by image id", "Write {id: one-hot array}")
+    arrays = {_bare(str(key)): np.asarray(hot).reshape(-1) for key, hot in content.items()}
+    first = _first_category(path, {len(hot) for hot in arrays.values()}, classes)
     rows = {}
-    for image_id, hot in content.items():
-        rows[str(image_id)] = [str(index) for index in np.flatnonzero(np.asarray(hot) > 0)]
+    for image_id, hot in arrays.items():
+        places = [int(place) for place in np.flatnonzero(hot > 0)]
+        found = places if first is None else _from_categories(path, image_id, places, first)
+        rows[image_id] = [str(place) for place in found]
     return rows
+
+
+def _first_category(path: Path, lengths: set[int], classes: int) -> int | None:
+    """The COCO category id of the arrays' first value; None where that is of the first class.
+
+    Args:
+        path: the file, for errors.
+        lengths: of its arrays; one that holds no array says nothing.
+        classes: how many the list has.
+
+    Raises:
+        BadItemError: an array has a value for something else than the classes of the list.
+    """
+    if lengths <= {classes}:
+        return None
+    if classes == len(COCO_CATEGORY_IDS) and lengths in ({90}, {91}):
+        return 1 if lengths == {90} else 0
+    told = " and ".join(str(length) for length in sorted(lengths)[:5])
+    problem = f"one-hot arrays of {told} values for a class list of {classes}"
+    remedy = "Give the class_names that the file numbers, or write one value for each class"
+    raise bad_item(path, problem, remedy)
+
+
+def _from_categories(path: Path, image_id: str, places: list[int], first: int) -> list[int]:
+    """0-based class ids of an image, of places counted in COCO's category ids.
+
+    Raises:
+        BadItemError: a category id is none of the 80.
+    """
+    numbers = [place + first for place in places]
+    if unknown := [number for number in numbers if number not in COCO_CATEGORY_IDS]:
+        problem = f"image {image_id} has category ids {unknown}, not among COCO's 80 things"
+        raise bad_item(path, problem, "Write one value for each class of the list instead")
+    return [COCO_CATEGORY_IDS.index(number) for number in numbers]

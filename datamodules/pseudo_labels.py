@@ -34,7 +34,8 @@ class PseudoLabelDataModule(LightningDataModule):
         images: the data set whose split is trained on; its seeds are not needed.
         labels: the folder that `g4seg predict` wrote, with files or tars in it, or a folder of
             `<id>.png`; None trains on the ground truth.
-        val: split of the same data set to validate on, or a data set of its own; None has none.
+        val: split of the same data set to validate on, all of it whatever list the training
+            images are taken from, or a data set of its own; None has none.
         test: the same for test and predict; None takes what `val` says.
         soft: also read the soft maps, which some losses need.
         augmentation: of training pictures.
@@ -221,6 +222,8 @@ class PseudoLabelDataModule(LightningDataModule):
             raise ConfigurationError(message)
         other = copy.copy(self.images)
         other.split = named
+        if hasattr(other, "list_file"):
+            other.list_file = None  # it lists images of the split that is trained on
         return other
 
     def _reader(self, source: SeedDataModule) -> MaskReader:

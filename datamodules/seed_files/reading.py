@@ -61,9 +61,12 @@ def _detect(content: object, path: File) -> Dialect:
     found = _candidates(content)
     if len(found) != 1:
         fields = ", ".join(str(key)[:20] for key in list(content)[:8]) or "no fields"
-        which = " and ".join(found) if found else "no known dialect"
-        problem = f"it has {fields}: {which}"
-        raise bad_item(path, problem, "Force one with dialect=..., or convert the file")
+        if found:
+            problem = f"it has {fields}: {' and '.join(found)}"
+            raise bad_item(path, problem, "Force one with dialect=...")
+        problem = f"it has {fields}: no known dialect"
+        remedy = "Save its maps as npz, class_ids and foreground (docs/sources.md, last section)"
+        raise bad_item(path, problem, remedy)
     if found == ["seam"] and seam.has_background(content, path):
         return "seam_crf"
     return found[0]

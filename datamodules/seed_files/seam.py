@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
 from datamodules.files import File
-from datamodules.seed_files.maps import SeedMaps, as_array, as_ids, as_maps
+from datamodules.seed_files.maps import RANGE_TOLERANCE, SeedMaps, as_array, as_ids, as_maps
 
 MAPS_REACH = 0.99
 """Activation maps are divided by their maximum per class, so each one reaches 1."""
@@ -68,15 +68,29 @@ def read(content: Mapping[object, object], path: File, *, background: bool) -> S
     """
     kept = {key: value for key, value in content.items() if not (background and key == 0)}
     ids = as_ids(list(kept), path, "class ids", first=1 if background else 0)
-    return SeedMaps("seam_crf" if background else "seam", ids, _stack(kept, path))
+    maps = _stack(kept, path)
+    if background:
+        return SeedMaps("seam_crf", ids, maps)
+    # SEAM sets the places below a map's minimum to 0 and subtracts the minimum all the same, which
+    # leaves them below 0; only a map that reaches 1 as its do is taken for one of these.
+    reaches_one = maps.max(axis=(1, 2), initial=0.0, keepdims=True) >= MAPS_REACH
+    return SeedMaps("seam", ids, np.where(reaches_one, np.maximum(maps, 0), maps))
 
 
 def read_weaktr(content: Mapping[object, object], path: File) -> SeedMaps:
-    """Reads WeakTr's second phase; the map with key 0, the background, is left out."""
+    """Reads WeakTr's second phase; the map with key 0, the background, is left out.
+
+    Its two decoders' probabilities lie in the file added up with their weights (1 and 0.8 as its
+    README runs it), so that they sum to more than one at a pixel; they are divided by that sum.
+    """
     ids = as_ids(content["keys"], path, "keys", first=1)
     maps = as_maps(content["prob"], path, "prob")
     if len(ids) != len(maps):
         raise bad_item(path, f"{len(ids)} keys for {len(maps)} maps in prob", "Write it again")
+    # Classes that the image does not have are left out of the file: the largest sum is the whole.
+    whole = float(maps.sum(axis=0, dtype=np.float32).max(initial=0.0))
+    if whole > 1 + RANGE_TOLERANCE:
+        maps = maps / np.float32(whole)
     kept = [index for index, class_id in enumerate(ids) if class_id != 0]
     return SeedMaps("weaktr", tuple(ids[index] for index in kept), maps[kept])
 

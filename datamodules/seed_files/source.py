@@ -9,6 +9,7 @@ from datamodules.addresses import as_location
 from datamodules.classes import ClassList
 from datamodules.errors import bad_item
 from datamodules.files import File
+from datamodules.items import numbered
 from datamodules.places import Place, open_place
 from datamodules.seed_files.coco import CocoFile
 from datamodules.seed_files.maps import Dialect, ReadOptions, SeedMaps, check_classes
@@ -50,7 +51,7 @@ class SeedSource(Protocol):
 
 
 class SeedFolder:
-    """Seed files named by image id in one place.
+    """Seed files named by image id, or by the number in that of COCO 2014, in one place.
 
     Args:
         place: a folder, here or at an address, or tars.
@@ -77,6 +78,8 @@ class SeedFolder:
             BadItemError: there is none, or more than one that can be of the dialect.
         """
         found = self._place.find(image_id, SUFFIXES)
+        if not found and numbered(image_id) != image_id:
+            found = self._place.find(numbered(image_id), SUFFIXES)
         if len(found) > 1 and self._dialect != "auto":
             suffixes = suffixes_of(self._dialect)
             found = [path for path in found if path.suffix.lower() in suffixes]
@@ -133,9 +136,9 @@ class SeedFolder:
             raise bad_item(path, "an empty file", "Make the seed of this image again")
 
     def names(self, images: Collection[str] = ()) -> list[str]:
-        """Names, without suffix, of the seed files; those of `images` play no part."""
-        del images
-        return sorted({name for name, _ in self._place.listed(SUFFIXES)})
+        """Names, without suffix, of the seed files; of `images` where files have their numbers."""
+        known = {numbered(image_id): image_id for image_id in images}
+        return sorted({known.get(name, name) for name, _ in self._place.listed(SUFFIXES)})
 
     def dialect_of(self, image_id: str) -> Dialect:
         """The dialect that is forced, or that of the file; BadItemError if it cannot be told."""

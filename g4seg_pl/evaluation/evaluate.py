@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from datamodules.files import File, openable
 from datamodules.items import read_list
+from datamodules.truth import TruthOptions, read_truth
 from g4seg_pl.evaluation.bootstrap import bootstrap_overlaps
 from g4seg_pl.evaluation.boundary import boundary_counts, mean_band_iou, trimap
 from g4seg_pl.evaluation.confusion import (
@@ -63,6 +64,8 @@ def evaluate(
     pred_255: Literal["background", "exclude"] = "background",
     boundary: bool = False,
     gt_suffix: str = ".png",
+    gt_offset: int = 0,
+    gt_zero: Literal["background", "ignore"] = "background",
     resamples: int = 1000,
     threads: int = 4,
 ) -> None:
@@ -72,13 +75,18 @@ def evaluate(
         pred: folder of predicted label files <id>.png, or of tars of them; an output folder of
             predict works too.
         gt: folder of ground-truth label files; 255 in them is ignored.
-        num_classes: number of labels, background included (21 for VOC).
+        num_classes: number of labels, 0 included also where no truth has it (21 for VOC, 151 for
+            ADE20K, 60 for Context with and without background, 20 for NightCity).
         json: file for the scores; all of them are in percent.
         split_list: file with the ids to score, or with lines as a split's, such as
             /JPEGImages/x.jpg /SegmentationClass/x.png; without it every file in gt.
         pred_255: a predicted 255 counts as background, or its pixels are excluded.
         boundary: also score boundary IoU and the IoU within 5 pixels of a boundary.
         gt_suffix: what follows the id in a ground-truth file's name.
+        gt_offset: subtracted from the values of ground truth other than 255; -1 for labels that
+            start at 0 without a background, such as NightCity's trainIds.
+        gt_zero: what 0 in the ground-truth files is: background, a value like the others, or ignore
+            where it means not labelled (ADE20K, Context-59), whatever gt_offset says.
         resamples: bootstrap resamples of the images behind the standard error.
         threads: files read at a time.
     """
@@ -88,13 +96,18 @@ def evaluate(
     _require_folder(gt, "gt")
     labels = LabelFolder(pred, "pred")
     ids = _ids_to_score(gt, gt_suffix, split_list)
+    numbering = TruthOptions(label_offset=gt_offset, zero_is_ignored=gt_zero == "ignore")
     score = partial(
-        _score_files, num_classes=num_classes, prediction_255=pred_255, boundary=boundary
+        _score_files,
+        num_classes=num_classes,
+        prediction_255=pred_255,
+        boundary=boundary,
+        numbering=numbering,
     )
     pairs = [(labels.mask_file(name), gt / f"{name}{gt_suffix}") for name in ids]
     scores = _score_all(score, pairs, threads, split_list)
     report = {
-        **_protocol(labels.masks, split_list, pred_255, num_classes),
+        **_protocol(labels.masks, split_list, pred_255, num_classes, numbering),
         **summarise(scores, resamples),
     }
     print(format_report(report))
@@ -152,9 +165,19 @@ def format_report(report: dict[str, Any]) -> str:
         f"images: {report['n_images']}",
         f"background rule: {report['background_rule']}",
         f"masks changed by: {report['changed_by']}",
-        f"255 in truth: ignored; 255 in predictions: {report['prediction_255']}",
+        f"{_truth_rules(report)}; 255 in predictions: {report['prediction_255']}",
     ]
     return "\n".join(lines)
+
+
+def _truth_rules(report: dict[str, Any]) -> str:
+    """How the values of truth were understood; what is usual goes without saying."""
+    rules = [f"255 in truth: {report['truth_255']}"]
+    if "truth_zero" in report:
+        rules.append(f"0 in truth: {report['truth_zero']}")
+    if "truth_offset" in report:
+        rules.append(f"subtracted from its other values: {report['truth_offset']}")
+    return "; ".join(rules)
 
 
 def score_image(
@@ -199,13 +222,36 @@ def read_labels(path: File) -> NDArray[np.uint8]:
         raise BadItemError(msg) from error
 
 
+def _read_truth(path: Path, num_classes: int, numbering: TruthOptions) -> NDArray[np.uint8]:
+    """Label values ``(H, W)`` of ground truth as the data modules number it, 255 ignored.
+
+    Raises:
+        BadItemError: as :func:`read_labels`, or a value is beyond the labels once it is renumbered.
+    """
+    if numbering == TruthOptions():
+        return read_labels(path)
+    try:
+        return read_truth(path, num_classes - 1, numbering)
+    except BadItemError as error:
+        read_labels(path)  # a file that cannot be read is told as any other
+        msg = (
+            f"{error}: --num-classes is {num_classes} (0 counts too), --gt-offset "
+            f"{numbering.label_offset}; --gt-zero ignore leaves out 0"
+        )
+        raise BadItemError(msg) from error
+
+
 def _score_files(
-    files: tuple[File, Path], num_classes: int, prediction_255: Prediction255, boundary: bool
+    files: tuple[File, Path],
+    num_classes: int,
+    prediction_255: Prediction255,
+    boundary: bool,
+    numbering: TruthOptions,
 ) -> ImageScore | str:
     """The counts of one pair of files, or what is wrong with it."""
     predicted, true = files
     try:
-        prediction, truth = read_labels(predicted), read_labels(true)
+        prediction, truth = read_labels(predicted), _read_truth(true, num_classes, numbering)
         return score_image(prediction, truth, num_classes, prediction_255, boundary)
     except BadItemError as error:
         return str(error)
@@ -251,7 +297,11 @@ def _require_folder(path: Path, name: str) -> None:
 
 
 def _protocol(
-    masks: Path, split_list: Path | None, prediction_255: str, num_classes: int
+    masks: Path,
+    split_list: Path | None,
+    prediction_255: str,
+    num_classes: int,
+    numbering: TruthOptions,
 ) -> dict[str, Any]:
     """How the number was made, from the arguments and the run's own record."""
     record = _run_record(masks)
@@ -264,6 +314,8 @@ def _protocol(
         "model": record.get("model", "not recorded"),
         "prediction_255": prediction_255,
         "truth_255": "ignored",
+        **({"truth_zero": "ignored"} if numbering.zero_is_ignored else {}),
+        **({"truth_offset": numbering.label_offset} if numbering.label_offset else {}),
     }
 
 

@@ -117,9 +117,11 @@ def sweep(
             "threshold chosen on them cannot be scored on them; give two splits"
         )
         raise ConfigurationError(message)
-    curve = [100 * mean_overlap(part) for part in _overlaps(choose, grid).swapaxes(0, 1)]
+    curve = [100 * mean_overlap(part) for part in _summed(choose, grid)]
     best = int(np.argmax(curve))
-    scored = bootstrap_overlaps(_overlaps(report, grid[best : best + 1])[:, 0])
+    # One threshold is left, and its standard error is over images: each keeps its own counts.
+    kept = [overlaps[0] for overlaps in _overlaps(report, grid[best : best + 1])]
+    scored = bootstrap_overlaps(np.stack(kept))
     found = {
         "rule": "sweep",
         "ground_truth": "used to choose, on another split than the one reported",
@@ -146,10 +148,23 @@ def _samples(data: "SeedDataModule", *, with_truth: bool) -> Iterator[Sample]:
             yield item
 
 
-def _overlaps(data: "SeedDataModule", thresholds: Sequence[float]) -> Counts:
-    """Overlaps ``(N, T, 3, C)``."""
+def _summed(data: "SeedDataModule", thresholds: Sequence[float]) -> Counts:
+    """Overlaps ``(T, 3, C)`` of a whole split.
+
+    Added up image by image: at many thresholds those of COCO's images would not fit into memory.
+    """
+    total = np.zeros((len(thresholds), 3, len(data.class_list) + 1), np.int64)
+    for overlaps in _overlaps(data, thresholds):
+        total += overlaps
+    return total
+
+
+def _overlaps(data: "SeedDataModule", thresholds: Sequence[float]) -> Iterator[Counts]:
+    """Overlaps ``(T, 3, C)`` of one image after the other; a split without images is an error."""
+    if not data.items:
+        message = f"split {getattr(data, 'split', None)} has no image"
+        raise ConfigurationError(message)
     classes = len(data.class_list) + 1
-    found = []
     for sample in _samples(data, with_truth=True):
         maps, truth = sample.seed.scores.numpy(), sample.truth
         if truth is None:
@@ -157,11 +172,7 @@ def _overlaps(data: "SeedDataModule", thresholds: Sequence[float]) -> Counts:
             raise BadItemError(message)
         ids = sample.seed.class_ids
         counts = threshold_counts(maps, ids, truth.numpy(), classes, thresholds)
-        found.append(overlaps_of(counts))
-    if not found:
-        message = f"split {getattr(data, 'split', None)} has no image"
-        raise ConfigurationError(message)
-    return np.stack(found)
+        yield overlaps_of(counts)
 
 
 def _tell(found: dict[str, Any], path: Path | None) -> None:

@@ -14,7 +14,9 @@ from torch.nn import functional
 
 from g4seg_pl.core.background import BackgroundRule, Threshold, compose_label
 from g4seg_pl.types import (
+    IGNORE_INDEX,
     BadItemError,
+    ConfigurationError,
     FailedSample,
     G4SegError,
     RefinedMask,
@@ -48,12 +50,38 @@ class SeedMaker(pl.LightningModule, ABC):
 
     Args:
         background: how the background is scored when label maps are made.
+
+    Attributes:
+        class_names: names of each class, of makers that look for classes of their own; None where
+            the data set's are drawn.
     """
 
     def __init__(self, background: BackgroundRule | None = None) -> None:
         super().__init__()
         self.background: BackgroundRule = background or Threshold()
+        self.class_names: list[list[str]] | None = None
         self.strict_loading = False
+
+    def setup(self, stage: str) -> None:
+        """Refuse more classes than masks can number, before any weights are loaded.
+
+        A subclass with a ``setup`` of its own calls this one.
+
+        Raises:
+            ConfigurationError: the maker's own class names, or else the data's, are too many.
+        """
+        if stage == "fit":  # no mask is written
+            return
+        classes = self.data_classes()
+        if self.class_names is not None:
+            check_class_count("class_names", len(self.class_names))
+        elif classes is not None:
+            check_class_count("data.class_names", len(classes))
+
+    def data_classes(self) -> Any:
+        """Return the class list of the run's data module; None where there is neither."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return getattr(datamodule, "class_list", None)
 
     @abstractmethod
     def make(self, sample: Sample) -> RefinedMask:
@@ -92,6 +120,25 @@ class SeedMaker(pl.LightningModule, ABC):
         except ITEM_ERRORS as error:
             return FailedSample(item.image_id, _remedy(error))
 
+    def _check_data_classes(self, argument: str, count: int, remedy: str) -> None:
+        """Refuse a network of other classes than the data's; without a class list all will do.
+
+        Args:
+            argument: what named the network, for errors.
+            count: how many classes it has, the background aside.
+            remedy: what to give instead, for errors.
+
+        Raises:
+            ConfigurationError: label values would go by wrong names, or by none.
+        """
+        classes = self.data_classes()
+        if classes is not None and count != len(classes):
+            message = (
+                f"{argument}: the network has {count} classes, the data's class list "
+                f"{len(classes)}; {remedy}"
+            )
+            raise ConfigurationError(message)
+
     def _needs_loading(self, network: object) -> bool:
         """Whether weights are wanted and not there; none are for a run that is finished."""
         trainer = self._trainer
@@ -103,6 +150,24 @@ def _remedy(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory: make the images smaller, or run on the CPU"
     return str(error)
+
+
+def check_class_count(argument: str, count: int) -> None:
+    """Refuse more classes than label images of 8 bits can hold beside the ignored value.
+
+    Args:
+        argument: what named the classes, for errors.
+        count: how many, the background aside.
+
+    Raises:
+        ConfigurationError: label values would begin again at 0 behind 255.
+    """
+    if count >= IGNORE_INDEX:
+        message = (
+            f"{argument}: {count} classes, but masks are label images of 8 bits, which hold "
+            f"{IGNORE_INDEX - 1} ({IGNORE_INDEX} is ignored); give one of fewer classes"
+        )
+        raise ConfigurationError(message)
 
 
 def require_classes(sample: Sample) -> None:

@@ -167,23 +167,15 @@ class Cam(SeedMaker):
         """Make the network, once, with its weights.
 
         Raises:
-            ConfigurationError: no weights to predict with, or they do not fit.
+            ConfigurationError: no weights to predict with, they do not fit, or they were trained
+                on another number of classes than the data has.
         """
-        if not self._needs_loading(self.network):
-            return
-        if self.weights is None:
-            self.network = self._untrained()
-            return
-        found = read_weights(self.weights)
-        classes = len(found["head.weight"])
-        network = ResNetClassifier(self.architecture, classes, train_all=self.train_all)
-        try:
-            network.load_state_dict(found)
-        except RuntimeError as error:
-            message = f"weights: {self.weights} is no {self.architecture}: {error}"
-            raise ConfigurationError(message) from error
-        fitting = self._trainer is not None and self._trainer.training
-        self.network = network.eval().requires_grad_(fitting)
+        if self._needs_loading(self.network):
+            weights = self.weights
+            self.network = self._untrained() if weights is None else self._trained(weights)
+        if self.network is not None:
+            remedy = "train on those classes, or give the weights' own list as data.class_names"
+            self._check_data_classes("weights", self.network.head.out_channels, remedy)
 
     def make(self, sample: Sample) -> RefinedMask:
         """Make one map a class of the image.
@@ -255,6 +247,18 @@ class Cam(SeedMaker):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the weights: here they are what training is for."""
+
+    def _trained(self, weights: str) -> ResNetClassifier:
+        found = read_weights(weights)
+        classes = len(found["head.weight"])
+        network = ResNetClassifier(self.architecture, classes, train_all=self.train_all)
+        try:
+            network.load_state_dict(found)
+        except RuntimeError as error:
+            message = f"weights: {weights} is no {self.architecture}: {error}"
+            raise ConfigurationError(message) from error
+        fitting = self._trainer is not None and self._trainer.training
+        return network.eval().requires_grad_(fitting)
 
     def _untrained(self) -> ResNetClassifier:
         trainer = self._trainer

@@ -71,9 +71,8 @@ def gradcam_maps(
         channel_weights: Grad-CAM's mean of the gradient over the patches, or each patch's own
             gradient (HiResCAM, Draelos and Carin 2020).
     """
-    maps, _ = _maps_and_attention(
-        model, images, text_features, present, background, pooling, interpolation, channel_weights
-    )
+    how = (pooling, interpolation, channel_weights)
+    maps, _ = _maps_and_attention(model, images, text_features, present, background, *how)
     return maps
 
 
@@ -107,10 +106,11 @@ def clip_es_maps(
     Returns:
         the propagated maps (``attn_highres`` of CLIP-ES) and the plain ones (``highres``).
     """
+    how = (pooling, interpolation, channel_weights)
     plain, attention = _maps_and_attention(
-        model, images, text_features, present, background, pooling, interpolation, channel_weights
+        model, images, text_features, present, background, *how, affinity_layers
     )
-    affinity = attention_affinity(attention[-affinity_layers:])
+    affinity = attention_affinity(attention)
     boxed = plain.maps * box_masks(plain.maps, box_threshold)
     moved = torch.einsum("mij,mj->mi", affinity[plain.owner], boxed.flatten(1))
     moved = min_max(moved.reshape_as(plain.maps))
@@ -126,10 +126,11 @@ def _maps_and_attention(
     pooling: Pooling,
     interpolation: Interpolation,
     channel_weights: ChannelWeights,
+    layers: int = 1,
 ) -> tuple[ClassMaps, list[Tensor]]:
-    """Plain maps, and every layer's attention between patches."""
+    """Plain maps, and the attention between patches of so many of the last layers."""
     visual: Any = model.visual
-    tokens, attention, grid = _before_last_block(visual, images, interpolation)
+    tokens, attention, grid = _before_last_block(visual, images, interpolation, layers)
     last = visual.transformer.resblocks[-1]
     with torch.enable_grad():
         normed = last.ln_1(tokens).detach().requires_grad_()
@@ -145,14 +146,19 @@ def _before_last_block(
     visual: Any,
     images: Tensor,
     interpolation: Interpolation,
+    layers: int,
 ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
-    """The last block's input, the attention of the blocks before it, and the grid."""
+    """The last block's input, the attention of the last ones before it, and the grid."""
     attention = []
+    blocks = visual.transformer.resblocks
+    # All are n×n matrices: what is not averaged later is not kept.
+    kept = range(len(blocks))[-layers:]
     with torch.no_grad():
         tokens, grid = embed_patches(visual, images, interpolation)
-        for block in visual.transformer.resblocks[:-1]:
+        for index, block in enumerate(blocks[:-1]):
             attended, weights = attend(block, block.ln_1(tokens))
-            attention.append(weights[:, 1:, 1:])
+            if index in kept:
+                attention.append(weights[:, 1:, 1:])
             tokens = finish_block(block, tokens, attended)
     return tokens, attention, grid
 

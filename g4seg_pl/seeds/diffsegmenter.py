@@ -111,7 +111,8 @@ class DiffSegmenter(SeedMaker):
         return kept | {"dtype": self.number_format}
 
     def setup(self, stage: str) -> None:
-        """Refuse a model that cannot work, before any weights are loaded."""
+        """Refuse a model or classes that cannot work, before any weights are loaded."""
+        super().setup(stage)
         if self._needs_loading(self.generator):
             check_model(self.model, self.revision, kinds=("stable_diffusion",))
 

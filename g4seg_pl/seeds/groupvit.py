@@ -206,7 +206,7 @@ class GroupVit(SeedMaker):
     def _texts(self) -> Tensor:
         """One unit vector a class, encoded once."""
         if self._vectors is None:
-            classes = class_names_of(self, self.class_names)
+            classes = class_names_of(self)
             rows = [functional.normalize(self._encode(names).mean(0), dim=0) for names in classes]
             self._vectors = torch.stack(rows)
         return self._vectors.to(self.device)

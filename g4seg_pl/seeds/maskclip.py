@@ -9,6 +9,10 @@ Zhou et al., ECCV 2022; the facts are those of chongzhou96/MaskCLIP @245d31f
   and right to whole patches with the mean colour; position embeddings bicubic;
 - score: cosine with the texts, times 100 where a softmax is taken;
 - key smoothing and prompt denoising are off (0) unless asked for (1.0 and 0.5 there).
+
+The public code averages 85 prompts: the 80 of CLIP's ImageNet, which are the default here, and
+``there is a {} in the scene.``, ``there is the {} in the scene.``, ``this is a {} in the scene.``,
+``this is the {} in the scene.``, ``this is one {} in the scene.``; ``templates`` takes all of them.
 """
 
 from typing import Any

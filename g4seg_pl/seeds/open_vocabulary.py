@@ -92,7 +92,7 @@ class OpenVocabularyClip(SeedMaker):
     def _queries(self) -> tuple[Tensor, Vocabulary]:
         """The vocabulary and its unit vectors, encoded once."""
         if self.vocabulary is None or self.texts is None:
-            classes = class_names_of(self, self.class_names)
+            classes = class_names_of(self)
             names = make_vocabulary(self.background_words or (), classes)
             self.texts = encode_texts(
                 self.clip, self._tokenizer, names.names, self.templates or imagenet_templates()

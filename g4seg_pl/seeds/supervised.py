@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from g4seg_pl.core.resize import resize_maps
-from g4seg_pl.seeds.base import SeedMaker
+from g4seg_pl.seeds.base import SeedMaker, check_class_count
 from g4seg_pl.seeds.panoptic import panoptic_segments
 from g4seg_pl.seeds.vocabulary import predicted_masks
 from g4seg_pl.types import ConfigurationError, RefinedMask, Sample
@@ -44,8 +44,8 @@ class Supervised(SeedMaker):
 
     Args:
         model: a transformers folder or hub id with its image processor.
-        task: ``semantic``: a map a class; ``panoptic``: a map a segment of a universal model,
-            so that a class may come more than once.
+        task: ``semantic``: a map a class; ``panoptic``: the segments of a universal model, those
+            of one class joined by their maximum, for a seed has one map a class.
         first_label: label value of the model's class 0: 1 where the model has no background
             (ADE20K), 0 where class 0 is the background.
         panoptic_threshold: score a query needs to become a segment.
@@ -73,10 +73,22 @@ class Supervised(SeedMaker):
         """Load the model and its processor, once.
 
         Raises:
-            ConfigurationError: it is no segmenter, or cannot do the task.
+            ConfigurationError: it is no segmenter, cannot do the task, or has another number of
+                classes than the data, or than masks can hold.
         """
-        if not self._needs_loading(self.network):
-            return
+        if self._needs_loading(self.network):
+            self._load()
+        if self.network is not None:
+            # The last label value, which is the number of classes: label 0 is no class.
+            classes = self.network.config.num_labels + self.first_label - 1
+            check_class_count("model", classes)
+            remedy = (
+                f"with first_label {self.first_label}, give a model of those classes, or the "
+                "model's own list as data.class_names"
+            )
+            self._check_data_classes("model", classes, remedy)
+
+    def _load(self) -> None:
         network = load_segmenter(self.model)
         self.universal = network.config.model_type in UNIVERSAL
         if self.task == "panoptic" and not self.universal:
@@ -104,17 +116,20 @@ class Supervised(SeedMaker):
         return predicted_masks(sample.image_id, scores, label)
 
     def _panoptic(self, image_id: str, outputs: Any, size: tuple[int, int]) -> RefinedMask:
-        """One map a segment."""
+        """Segments, those of one class joined: what is read again has one map a class."""
         found = panoptic_segments(
             outputs.class_queries_logits[0].float(),
             self._masks(outputs),
             size,
             self.panoptic_threshold,
             self.panoptic_overlap,
+            fused=range(self.network.config.num_labels),
         )
         values = torch.tensor(found.class_ids, dtype=torch.int64) + self.first_label
         label = torch.cat([values.new_zeros(1), values])[found.segments.cpu()].to(torch.uint8)
-        return RefinedMask(image_id, tuple(values.tolist()), found.scores.cpu(), label)
+        owned = values > 0  # where the model's class 0 is the background, it has no map
+        class_ids, maps = tuple(values[owned].tolist()), found.scores.cpu()[owned]
+        return RefinedMask(image_id, class_ids, maps, label)
 
     def _masks(self, outputs: Any) -> Tensor:
         """Mask logits at the resolution the library adds them up at."""

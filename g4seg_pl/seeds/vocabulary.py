@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from g4seg_pl.seeds.base import SeedMaker, check_class_count
 from g4seg_pl.types import ConfigurationError, RefinedMask
 
 
@@ -43,20 +43,22 @@ def make_vocabulary(background: Sequence[str], classes: Sequence[Sequence[str]])
     return Vocabulary(tuple(name for name, _ in pairs), tuple(label for _, label in pairs))
 
 
-def class_names_of(module: Any, given: Sequence[Sequence[str]] | None) -> list[list[str]]:
-    """Return the names of each class: those given, or the prompt names of the run's data set.
+def class_names_of(maker: SeedMaker) -> list[list[str]]:
+    """Return the names of each class: the maker's own, or the prompt names of the run's data set.
 
     Raises:
-        ConfigurationError: none are given and no data module is there to tell.
+        ConfigurationError: it has none and no data module is there to tell, or there are more
+            than masks can number.
     """
-    if given is not None:
-        return [list(names) for names in given]
-    trainer = module._trainer
-    datamodule = None if trainer is None else getattr(trainer, "datamodule", None)
-    if datamodule is None:
+    if maker.class_names is not None:
+        # Asked again: outside a Trainer nobody calls ``setup``.
+        check_class_count("class_names", len(maker.class_names))
+        return [list(names) for names in maker.class_names]
+    classes = maker.data_classes()
+    if classes is None:
         message = "class_names: None given and no data module; name each class"
         raise ConfigurationError(message)
-    return [[name] for name in datamodule.class_list.prompts]
+    return [[name] for name in classes.prompts]
 
 
 def label_scores(

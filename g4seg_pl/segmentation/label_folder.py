@@ -80,7 +80,7 @@ class LabelFolder:
         msg = (
             f"labels: {len(missing)} of {len(ids)} training images of split {str(split)!r} have no "
             f"mask in {self.masks}{origin}: {_listed(missing)}{left}. Run g4seg predict on this "
-            "split, or train on the split that the masks were made of"
+            "split, or train on the split, or the list of images, that the masks were made of"
         )
         raise ConfigurationError(msg)
 

@@ -32,6 +32,17 @@ def test_bundled_lists(name: str, count: int) -> None:
         assert classes.find(classes.prompt(class_id)) == class_id
 
 
+def test_contexts_frequent_classes_are_numbered_as_among_all() -> None:
+    # The ids that mmsegmentation's converter keeps of the 459, in ascending order, are 1 to 59.
+    kept = """
+        2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162
+        187 189 207 220 232 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415
+        416 420 424 427 440 445 454 458
+    """
+    every = read_class_list("context459").names
+    assert read_class_list("context").names == tuple(every[int(i) - 1] for i in kept.split())
+
+
 def test_every_bundled_list_is_tested() -> None:
     assert {path.stem for path in BUNDLED.glob("*.txt")} == set(CLASS_COUNTS)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datamodules import FolderDataModule, VOCDataModule
-from datamodules.check import check, inspect
+from datamodules.check import check, data_of_run, inspect
 from datamodules.convert import HARD, SourceDialect, TargetDialect, convert, main
 from datamodules.seed_files import ReadOptions, detect, read_seed
 from datamodules.seed_files.maps import Dialect
@@ -300,6 +300,20 @@ def test_check_takes_a_runs_file(
     shown = capsys.readouterr().out
     assert "1 images, 1 with ground truth, 1 unusable" in shown
     assert str(seeds / "c") in shown
+
+
+@pytest.mark.parametrize("between", [["--override"], ["--model.seed", "-1"], ["--out=x"]])
+@pytest.mark.parametrize("spelled", ["-c {}", "-c={}", "--config {}", "--config={}"])
+def test_check_takes_no_file_for_the_value_of_a_flag(
+    spelled: str, between: list[str], tmp_path: Path
+) -> None:
+    files = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
+    for file in files:
+        file.write_text(f"data:\n  class_path: {file.stem}\n")
+    one, two = (spelled.format(file).split(" ") for file in files)
+    found = data_of_run([*one, *between, *two, "--truth", "true"])
+    data = [word for file in files for word in ("--data", json.dumps({"class_path": file.stem}))]
+    assert found == [*data, "--truth", "true"]
 
 
 @pytest.mark.parametrize("content", ["model: {}", "- data", "data: [", None])

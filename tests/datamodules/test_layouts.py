@@ -12,6 +12,7 @@ from datamodules import (
     ContextDataModule,
     FolderDataModule,
     NightCityDataModule,
+    PseudoLabelDataModule,
 )
 from g4seg_pl.types import ConfigurationError, FailedSample, Sample
 
@@ -73,8 +74,10 @@ def test_coco(
     save_label: Maker,
 ) -> None:
     save_image(tmp_path / images / f"{name}.jpg")
-    save_seed(tmp_path / "seeds" / f"{name}.npy", [1, 80])
-    file = "000000000009.png" if suffix == "number" else f"{name}{suffix}"
+    numbered = suffix == "number"
+    seed = "000000000009" if numbered else name
+    save_seed(tmp_path / "seeds" / f"{seed}.npy", [1, 80])
+    file = "000000000009.png" if numbered else f"{name}{suffix}"
     save_label(tmp_path / truth / file, [0, 90, 13, 255])
     options = {"split": "train2014", "num_workers": 0}
     wide = COCODataModule(tmp_path, tmp_path / "seeds", truth_ids="coco91", **options)  # type: ignore[arg-type]
@@ -87,6 +90,25 @@ def test_coco(
     failed = read_all(narrow, test=True)[0]
     assert isinstance(failed, FailedSample)
     assert "[90]" in failed.error
+
+
+def test_a_list_of_training_images_says_nothing_of_validation(
+    tmp_path: Path, save_image: Maker, save_label: Maker
+) -> None:
+    names = ["COCO_train2014_000000000009", "COCO_train2014_000000000025"]
+    for split, each in (("train2014", names), ("val2014", ["COCO_val2014_000000000042"])):
+        for name in each:
+            save_image(tmp_path / split / f"{name}.jpg")
+            save_label(tmp_path / "SegmentationClass" / f"{name}.png", [0, 1])
+    # As CLIP-ES's coco14/train.txt: an id and its 0-based classes a line.
+    (tmp_path / "train.txt").write_text(f"{names[1]} 0 48\n")
+    images = COCODataModule(tmp_path, split="train2014", list_file=tmp_path / "train.txt")
+    data = PseudoLabelDataModule(images, val="val2014", num_workers=0)
+    data.setup("fit")
+    assert [item.image_id for item in data.training_images.items] == names[1:]
+    loader = data.val_dataloader()
+    assert [item.image_id for item in loader.dataset.items] == ["COCO_val2014_000000000042"]
+    assert images.list_file is not None
 
 
 def test_coco_without_images(tmp_path: Path) -> None:
@@ -117,7 +139,7 @@ def test_context(
     assert isinstance(sample, Sample), sample
     assert sample.truth is not None
     assert sample.truth.unique().tolist() == values
-    assert sample.class_names == ("television", "wood")
+    assert sample.class_names == ("cow", "wood")
 
 
 def test_ade20k(tmp_path: Path, save_image: Maker, save_seed: Maker, save_label: Maker) -> None:

@@ -77,6 +77,29 @@ def test_class_zero_of_seam_is_the_first_class_when_maps_reach_one(
     assert read_seed(save(tmp_path / "a.npy", {0: maps[0]}), SIZE, CLASSES).class_ids == (1,)
 
 
+def test_seam_leaves_the_lowest_places_below_zero(maps: Maps, tmp_path: Path) -> None:
+    # As its infer_SEAM.py normalises a map whose minimum is well above 0.
+    activation = (0.05 + 5.95 * maps[0]).astype(np.float32)
+    low, high = activation.min(), activation.max()
+    cut = np.where(activation < low + 1e-5, 0, activation)
+    written = (cut - low - 1e-5) / (high - low + 1e-5)
+    assert written.min() < -0.005
+    seed = read_seed(save(tmp_path / "a.npy", {2: written}), SIZE, CLASSES)
+    expected = (activation - low) / (high - low)
+    np.testing.assert_allclose(seed.scores[0].numpy(), expected, atol=1e-4)
+    # What does not reach 1 is no such map, but logits, say.
+    with pytest.raises(BadItemError, match="scores range from"):
+        read_seed(save(tmp_path / "b.npy", {2: written * 0.9}), SIZE, CLASSES)
+
+
+def test_weaktrs_two_decoders_are_taken_apart_from_their_weight(maps: Maps, tmp_path: Path) -> None:
+    full = np.concatenate([np.ones((1, *SIZE), np.float32), maps])
+    full = full / full.sum(axis=0)
+    content = {"prob": 1.8 * full, "keys": np.array([0, 3, 15])}
+    seed = read_seed(save(tmp_path / "a.npy", content), SIZE, CLASSES)
+    np.testing.assert_allclose(seed.scores.numpy(), full[1:], atol=1e-6)
+
+
 def test_class_zero_that_may_be_the_background_is_ambiguous(maps: Maps, tmp_path: Path) -> None:
     path = save(tmp_path / "a.npy", {0: maps[0] * 0.5, 3: maps[1]})
     with pytest.raises(BadItemError, match=r"a\.npy.*dialect=seam_crf or dialect=seam"):

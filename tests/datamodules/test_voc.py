@@ -155,6 +155,7 @@ def test_only_coco_names_are_looked_up_by_their_number(tmp_path: Path) -> None:
     path.write_text("1 3\n000000000009 14\n")
     labels = FileLabels(path, read_class_list("voc"))
     assert labels.read("1") == labels.read("COCO_train2014_000000000001") == (4,)
+    assert labels.read("COCO_train2014_000000000009") == (15,)
     for other in ("train_1", "a1", "2007_1"):
         with pytest.raises(BadItemError, match=f"no labels for image {other}"):
             labels.read(other)

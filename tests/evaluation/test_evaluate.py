@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from g4seg_pl.evaluation.evaluate import evaluate, score_image
+from g4seg_pl.main import main
 from g4seg_pl.types import BadItemError, ConfigurationError
 
 
@@ -110,6 +112,79 @@ def test_too_few_classes_name_the_truth_that_has_more(tmp_path: Path) -> None:
     pred, gt = write(tmp_path / "pred", random_maps(0)), write(tmp_path / "gt", random_maps(1))
     with pytest.raises(BadItemError, match=r"gt/a\.png: truth holds label 2, .* is 2"):
         evaluate(pred, gt, 2)
+
+
+UNLABELLED = ("--gt-zero ignore", {"truth_zero": "ignored"}, "0 in truth: ignored")
+FROM_0 = ("--gt-offset -1", {"truth_offset": -1}, "subtracted from its other values: -1;")
+ADE20K = [[0, 0, 1, 1], [0, 2, 2, 1], [3, 3, 2, 255]]
+CONTEXT = [[0, 1, 1, 1], [0, 2, 0, 1], [3, 3, 2, 2]]
+NIGHTCITY = [[255, 255, 0, 0], [255, 1, 1, 0], [2, 2, 1, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "suffix", "unlabelled", "shift", "rules"),
+    [
+        pytest.param(ADE20K, ".png", 0, 0, UNLABELLED, id="ade20k"),
+        pytest.param(CONTEXT, ".png", 0, 0, UNLABELLED, id="context59"),
+        pytest.param(NIGHTCITY, "_trainIds.png", 255, 1, FROM_0, id="nightcity"),
+    ],
+)
+def test_truth_of_every_numbering(
+    values: list[list[int]],
+    suffix: str,
+    unlabelled: int,
+    shift: int,
+    rules: tuple[str, dict[str, object], str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Masks count classes from 1 whatever the truth does; without the option scores are others."""
+    option, recorded, told = rules
+    truth = np.array(values, np.uint8)
+    prediction = np.array([[1, 0, 1, 1], [2, 2, 2, 1], [3, 0, 1, 3]], np.uint8)
+    gt = write(tmp_path / "gt", {f"street{suffix.removesuffix('.png')}": truth})
+    pred = write(tmp_path / "pred", {"street": prediction})
+    words = ["evaluate", "--pred", str(pred), "--gt", str(gt), "--num-classes", "4"]
+    words += ["--gt-suffix", suffix, "--json", str(tmp_path / "scores.json")]
+
+    def scores(more: list[str]) -> dict[str, Any]:
+        assert main([*words, *more]) == 0
+        read: dict[str, Any] = json.loads((tmp_path / "scores.json").read_text())
+        return read
+
+    plain = scores([])
+    assert told not in capsys.readouterr().out
+    right = scores(option.split())
+    assert told in capsys.readouterr().out
+    assert {name: right[name] for name in right.keys() - plain.keys()} == recorded
+    kept = (truth != 255) & (truth != unlabelled)
+    t, p = truth[kept] + shift, prediction[kept]
+    iou = [((t == k) & (p == k)).sum() / ((t == k) | (p == k)).sum() for k in (1, 2, 3)]
+    assert right["miou"] == pytest.approx(100 * np.mean(iou))
+    assert right["iou"] == [None, *(pytest.approx(100 * each) for each in iou)]
+    assert plain["miou"] != pytest.approx(right["miou"])
+
+
+def test_zero_of_the_file_is_looked_for_before_the_offset(tmp_path: Path) -> None:
+    """ADE20K for predictions that count its classes from 0: 0 is ignored, 1 becomes 0."""
+    gt = write(tmp_path / "gt", {"a": np.array([[0, 1], [2, 255]], np.uint8)})
+    pred = write(tmp_path / "pred", {"a": np.array([[1, 0], [1, 0]], np.uint8)})
+    evaluate(pred, gt, 2, json=tmp_path / "s.json", gt_offset=1, gt_zero="ignore")
+    assert json.loads((tmp_path / "s.json").read_text())["iou"] == [100, 100]
+
+
+def test_truth_that_the_offset_leads_astray_is_named(tmp_path: Path) -> None:
+    gt = write(tmp_path / "gt", {"a": np.array([[0, 1], [2, 255]], np.uint8)})
+    said = r"gt/a\.png: label values \[0\] .*--gt-offset 1; --gt-zero ignore leaves out 0"
+    with pytest.raises(BadItemError, match=said):
+        evaluate(gt, gt, 3, gt_offset=1)
+    said = r"gt/a\.png: label values \[2\] .*--num-classes is 3 .*--gt-offset -1"
+    with pytest.raises(BadItemError, match=said):
+        evaluate(gt, gt, 3, gt_offset=-1)
+    (gt / "a.png").write_bytes(b"not a picture")
+    pred = write(tmp_path / "pred", {"a": np.zeros((2, 2), np.uint8)})
+    with pytest.raises(BadItemError, match=r"gt/a\.png cannot be read"):
+        evaluate(pred, gt, 3, gt_offset=-1)
 
 
 def test_split_list_may_hold_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Thresholds without ground truth, and swept ones that are reported on another split."""
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from fake_voc import IDS, write_voc
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
+from g4seg_pl.evaluation.confusion import overlaps_of
 from g4seg_pl.evaluation.threshold import otsu_threshold
 from g4seg_pl.main import main
 from g4seg_pl.types import ConfigurationError
@@ -103,6 +106,31 @@ def test_a_sweep_reports_on_another_split(root: Path) -> None:
     assert found["threshold"] == max(grid, key=expected.__getitem__)
     assert found["miou"] == pytest.approx(mean_iou_at(root, IDS[2:], found["threshold"]))
     assert (found["chosen_on"], found["reported_on"]) == ("train", "val")
+
+
+def test_choosing_keeps_the_counts_of_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: COCO's at 19 thresholds are gigabytes."""
+    ids = [f"2007_{number:06d}" for number in range(10)]
+    lists = write_voc(tmp_path, ids) / "ImageSets" / "Segmentation"
+    (lists / "train.txt").write_text("\n".join(ids[:9]))
+    (lists / "val.txt").write_text(ids[9])
+    made: list[weakref.ref[NDArray[np.int64]]] = []
+    alive: list[int] = []
+
+    def watched(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = overlaps_of(counts)
+        if len(found) > 1:  # thresholds: the report has one
+            made.append(weakref.ref(found))
+            alive.append(sum(each() is not None for each in made))
+        return found
+
+    monkeypatch.setattr("g4seg_pl.evaluation.threshold.overlaps_of", watched)
+    given = [*words(tmp_path, "choose", "train"), *words(tmp_path, "report", "val")]
+    assert main(["threshold", "sweep", *given, "--thresholds", "[0.2, 0.6]"]) == 0
+    assert len(alive) == 9
+    assert max(alive) <= 2  # that of the image before lives until it is replaced
 
 
 @pytest.mark.parametrize(

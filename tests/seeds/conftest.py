@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import open_clip
 import pytest
 import torch
@@ -68,3 +70,40 @@ def make_sample(
 def sample() -> Sample:
     """An image of a dog and a cat."""
     return make_sample()
+
+
+class Listed(pl.LightningDataModule):
+    """One image, and what its label values mean."""
+
+    def __init__(self, sample: Sample, class_list: Sequence[str]) -> None:
+        super().__init__()
+        self.sample, self.class_list = sample, class_list
+
+    def predict_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader([self.sample], batch_size=1, collate_fn=list)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> Any:
+        return self.predict_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, *_: Any) -> Any:
+        return batch
+
+
+@pytest.fixture
+def data_of(sample: Sample) -> Callable[[Sequence[str]], pl.LightningDataModule]:
+    """Makes a data module of a class list."""
+    return lambda class_list: Listed(sample, class_list)
+
+
+@pytest.fixture
+def new_trainer(tmp_path: Path) -> Callable[[], pl.Trainer]:
+    """Makes a quiet Trainer on the CPU."""
+    return lambda: pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )

@@ -13,7 +13,12 @@ from torch.nn import functional
 
 from g4seg_pl.features.base import CLIP_MEAN, CLIP_STD, normalise
 from g4seg_pl.seeds.attention_affinity import attention_affinity, box_masks
-from g4seg_pl.seeds.clip_es import ClipES, clip_es_maps, gradcam_maps
+from g4seg_pl.seeds.clip_es import (
+    ClipES,
+    _maps_and_attention,
+    clip_es_maps,
+    gradcam_maps,
+)
 from g4seg_pl.seeds.clip_model import encode_texts, grid_positions, load_clip
 from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask, Sample
 
@@ -122,11 +127,12 @@ def test_boxes_agree_with_opencv(threshold: float) -> None:
         np.testing.assert_array_equal(mask, opencv_boxes(cam, threshold))
 
 
-def test_propagated_maps_agree_with_a_plain_loop(clip: Any, images: Tensor) -> None:
+@pytest.mark.parametrize("layers", [1, 2, 8])
+def test_propagated_maps_agree_with_a_plain_loop(clip: Any, images: Tensor, layers: int) -> None:
     classes, words = unit(2, 1), unit(3, 2)
     present = torch.ones(1, 2, dtype=torch.bool)
-    moved, plain = clip_es_maps(clip, images[:1], classes, present, words, affinity_layers=2)
-    matrix = torch.stack(explicit_attention(clip, images[:1])[-2:]).mean(0)
+    moved, plain = clip_es_maps(clip, images[:1], classes, present, words, affinity_layers=layers)
+    matrix = torch.stack(explicit_attention(clip, images[:1])[-layers:]).mean(0)
     for _ in range(3):
         matrix = matrix / matrix.sum(0, keepdim=True)
         matrix = matrix / matrix.sum(1, keepdim=True)
@@ -137,6 +143,19 @@ def test_propagated_maps_agree_with_a_plain_loop(clip: Any, images: Tensor) -> N
         expected = ((matrix * inside[None]) @ cam.flatten()).reshape(4, 4)
         expected = expected - expected.min()
         assert torch.allclose(found, expected / (expected.max() + 1e-7), atol=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "kept"), [(1, 1), (2, 2), (3, 3), (8, 3)])
+def test_only_the_attention_that_is_averaged_is_kept(
+    clip: Any, images: Tensor, layers: int, kept: int
+) -> None:
+    present = torch.ones(2, 1, dtype=torch.bool)
+    how: Any = ("patches", "bilinear", "mean", layers)
+    _, attention = _maps_and_attention(clip, images, unit(1, 1), present, unit(2, 2), *how)
+    assert len(attention) == kept
+    expected = explicit_attention(clip, images[:1])[-layers:]
+    for found, matrix in zip(attention, expected, strict=True):
+        assert torch.allclose(found[0], matrix, atol=1e-5)
 
 
 def test_affinity_of_uniform_attention_spreads_evenly() -> None:

@@ -1,9 +1,11 @@
 """GroupViT and supervised segmenters against the library's own inference on tiny models."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from transformers import (
 )
 from transformers.models.groupvit.modeling_groupvit import get_grouping_from_attentions
 
+from datamodules.seed_files import read_seed
+from g4seg_pl.callbacks.output_folder import OutputFolder
 from g4seg_pl.features.base import normalise
 from g4seg_pl.seeds.groupvit import (
     IMAGENET_MEAN,
@@ -127,13 +131,16 @@ def test_groupvit_predicts_over_windows(groupvit_folder: Path, sample: Sample) -
 
 @pytest.fixture(scope="module")
 def segformer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "segformer"
+    return write_segformer(tmp_path_factory.mktemp("models") / "segformer", 5)
+
+
+def write_segformer(folder: Path, num_labels: int) -> Path:
     config = SegformerConfig(
         hidden_sizes=[8, 8, 8, 8],
         depths=[1, 1, 1, 1],
         num_attention_heads=[1, 1, 1, 1],
         decoder_hidden_size=8,
-        num_labels=5,
+        num_labels=num_labels,
     )
     SegformerForSemanticSegmentation(config).save_pretrained(folder)
     SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
@@ -158,6 +165,32 @@ def test_semantic_labels_are_the_librarys_own(
     assert torch.allclose(made.foreground[0], scores[made.class_ids[0] - first_label], atol=1e-5)
     with pytest.raises(ConfigurationError, match="panoptic needs a universal one"):
         Supervised(str(segformer_folder), task="panoptic").configure_model()
+
+
+@pytest.mark.parametrize(("first_label", "classes"), [(1, 5), (0, 4)])
+def test_a_segmenter_of_other_classes_than_the_datas_is_refused(
+    segformer_folder: Path,
+    new_trainer: Callable[[], pl.Trainer],
+    data_of: Callable[..., pl.LightningDataModule],
+    first_label: Any,
+    classes: int,
+) -> None:
+    def predict(class_list: str) -> None:
+        maker = Supervised(str(segformer_folder), first_label=first_label)
+        new_trainer().predict(maker, datamodule=data_of(class_list), return_predictions=False)
+
+    for other in ("abc", "abcdef"):
+        said = f"model: the network has {classes} classes, the data's class list {len(other)}"
+        with pytest.raises(ConfigurationError, match=f"{said}; with first_label {first_label}"):
+            predict(other)
+    predict("abcdef"[:classes])
+
+
+def test_a_segmenter_of_more_classes_than_masks_can_number_is_refused(tmp_path: Path) -> None:
+    folder = write_segformer(tmp_path / "segformer", 255)
+    with pytest.raises(ConfigurationError, match="model: 255 classes"):
+        Supervised(str(folder)).configure_model()
+    Supervised(str(folder), first_label=0).configure_model()
 
 
 @pytest.fixture(scope="module")
@@ -212,11 +245,15 @@ def queries(count: int = 8) -> tuple[Tensor, Tensor]:
     """Class and mask logits of queries, some sure and some not."""
     generator = torch.Generator().manual_seed(5)
     classes = torch.randn(count, 5, generator=generator) * 6
-    centres = torch.rand(count, 2, generator=generator) * 16
+    return classes, discs(torch.rand(count, 2, generator=generator) * 16)
+
+
+def discs(centres: Tensor) -> Tensor:
+    """Mask logits of discs with a radius of 4 on 16x16 places."""
     rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     places = torch.stack([rows, columns], dim=-1)
     distances = (places[None] - centres[:, None, None]).norm(dim=-1)
-    return classes, 4 - distances
+    return 4 - distances
 
 
 def test_panoptic_segments_are_the_librarys_own(mask2former_folder: Path) -> None:
@@ -271,12 +308,39 @@ def test_panoptic_quality_of_the_truth_is_one() -> None:
     assert panoptic_quality([(merged, truth)], things=[1], stuffs=[0]) < 0.8
 
 
-def test_panoptic_maps_come_one_a_segment(mask2former_folder: Path, sample: Sample) -> None:
+@pytest.mark.parametrize(("first_label", "class_ids"), [(1, (2, 1)), (0, (1,))])
+def test_segments_of_one_class_make_one_map_that_can_be_read_again(
+    mask2former_folder: Path, tmp_path: Path, first_label: Any, class_ids: tuple[int, ...]
+) -> None:
+    from transformers.models.mask2former.modeling_mask2former import (
+        Mask2FormerForUniversalSegmentationOutput as Output,
+    )
+
+    classes, masks = torch.zeros(3, 5), discs(torch.tensor([[4.0, 4], [12, 12], [4, 12]]))
+    classes[:2, 1], classes[2, 0] = 20, 20
+    maker = Supervised(str(mask2former_folder), task="panoptic", first_label=first_label)
+    maker.configure_model()
+    outputs = Output(class_queries_logits=classes[None], masks_queries_logits=masks[None])
+    made = maker._panoptic("one", outputs, (16, 16))
+    apart = panoptic_segments(classes, maker._masks(outputs), (16, 16))
+    assert apart.class_ids == (1, 1, 0)
+    assert made.class_ids == class_ids
+    assert torch.equal(made.foreground[0], apart.scores[:2].amax(0))
+    labels = torch.tensor([0, first_label + 1, first_label + 1, first_label])
+    assert torch.equal(made.label.long(), labels[apart.segments])
+    folder = OutputFolder(tmp_path, "npz")
+    folder.make()
+    folder.save(made)
+    seed = read_seed(folder.soft_path("one"), (16, 16), 4)
+    assert sorted(seed.class_ids) == sorted(class_ids)
+
+
+def test_panoptic_maps_come_one_a_class(mask2former_folder: Path, sample: Sample) -> None:
     maker = Supervised(
         str(mask2former_folder), task="panoptic", panoptic_threshold=0.1, panoptic_overlap=0.0
     )
     maker.configure_model()
     (made,) = maker.predict_step([sample])
     assert isinstance(made, RefinedMask)
-    assert len(made.foreground) == len(made.class_ids)
+    assert len(made.foreground) == len(made.class_ids) == len(set(made.class_ids))
     assert set(made.label.unique().tolist()) <= {0, *made.class_ids}
