@@ -11,7 +11,7 @@ import numpy as np
 
 from g4seg_pl.callbacks.run_record import Json
 from g4seg_pl.core.background import Threshold
-from g4seg_pl.evaluation.confusion import mean_iou
+from g4seg_pl.evaluation.confusion import mean_overlap
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.scores import THRESHOLDS, Scores, pooled
 from g4seg_pl.lab.sources import SceneSource
@@ -80,7 +80,7 @@ class Chooser:
     def _candidate(self, stages: list[Json], runs: Sequence[Scores]) -> Candidate:
         fixed = stages and str(stages[-1]["class_path"]).endswith(LEAVES_PROBABILITIES)
         if fixed or not self.own_threshold:
-            return Candidate(stages, None, 100 * mean_iou(pooled(runs).counts))
+            return Candidate(stages, None, 100 * mean_overlap(pooled(runs).overlaps))
         value, miou = best_threshold(runs)
         return Candidate(stages, value, miou)
 
@@ -124,7 +124,7 @@ class Chooser:
 def best_threshold(runs: Sequence[Scores]) -> tuple[float, float]:
     """Return the threshold with the best mIoU and that mIoU in percent."""
     curve = pooled(runs).curve.sum(axis=0)
-    scores = [mean_iou(each) for each in curve]
+    scores = [mean_overlap(each) for each in curve]
     index = int(np.argmax(scores))
     return THRESHOLDS[index], 100 * scores[index]
 

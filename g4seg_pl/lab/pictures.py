@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from g4seg_pl.core.background import BackgroundRule
-from g4seg_pl.evaluation.confusion import class_iou
+from g4seg_pl.evaluation.confusion import divide
 from g4seg_pl.lab.chain import ChainRunner, labels_of, make_batch
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.scores import Scores
@@ -21,8 +21,8 @@ from g4seg_pl.types import Sample
 
 def most_changed(before: Scores, after: Scores, count: int, *, worst: bool) -> list[str]:
     """Return the images whose own mIoU fell, or rose, most."""
-    change = np.nanmean(class_iou(after.counts), axis=1)
-    change = change - np.nanmean(class_iou(before.counts), axis=1)
+    own = [divide(each.overlaps[:, 0], each.overlaps[:, 1]) for each in (before, after)]
+    change = np.nanmean(own[1], axis=1) - np.nanmean(own[0], axis=1)
     order = np.argsort(change if worst else -change)[:count]
     return [before.ids[index] for index in order]
 

@@ -13,7 +13,7 @@ import torch
 from g4seg_pl.callbacks.run_record import Json
 from g4seg_pl.core.background import BackgroundRule
 from g4seg_pl.core.steps import every_step
-from g4seg_pl.evaluation.confusion import mean_iou
+from g4seg_pl.evaluation.confusion import mean_overlap
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.lab.cache import Store, key_of
 from g4seg_pl.lab.chain import ChainRunner, State, labels_of, make_batch
@@ -266,7 +266,7 @@ class Runner:
             summary = {
                 "name": run.way.name,
                 "n_images": len(scores.ids),
-                "miou": round(100 * mean_iou(scores.counts), 4),
+                "miou": round(100 * mean_overlap(scores.overlaps), 4),
             }
             self.store.save("runs", run.description, dict(scores.arrays()), summary)
 

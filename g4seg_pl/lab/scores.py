@@ -1,4 +1,4 @@
-"""What is kept of a refined image: confusion matrices, from which every table is read."""
+"""What is kept of a refined image: overlaps of its labels, from which every table is read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,39 +6,37 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from g4seg_pl.evaluation.bootstrap import Estimate, bootstrap_mean_iou, paired_gain
+from g4seg_pl.evaluation.bootstrap import Estimate, bootstrap_overlaps, paired_overlaps
 from g4seg_pl.evaluation.boundary import boundary_counts, mean_band_iou, trimap
-from g4seg_pl.evaluation.confusion import (
-    Counts,
-    confusion_matrix,
-    mean_iou,
-    overlaps_of,
-    total,
-)
+from g4seg_pl.evaluation.confusion import Counts, confusion_matrix, mean_overlap, overlaps_of
 from g4seg_pl.evaluation.soft import threshold_counts
 
 TRIMAP_WIDTHS = (1, 2, 4, 8)
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 Integers = NDArray[np.int64]
+_COUNTED = ("overlaps", "bands", "trimaps", "curve")
 
 
 @dataclass(frozen=True)
 class Scores:
     """Scores of N images with C labels, one row an image.
 
+    Overlaps are intersection, union and pixels in truth of every label: 3 C numbers, where the
+    confusion matrices of all runs of a table would fill the memory for COCO's 81 labels.
+
     Attributes:
         ids: of the images.
-        counts: ``(N, C, C)``, truth by prediction.
+        overlaps: ``(N, 3, C)``.
         bands: ``(N, 2, C)``, intersection and union of boundary bands.
-        trimaps: ``(N, W, C, C)``, counts within each of ``TRIMAP_WIDTHS`` of a boundary.
-        curve: ``(N, T, C, C)``, counts at each of ``THRESHOLDS``, or T = 0 if not asked for.
+        trimaps: ``(N, W, 3, C)``, overlaps within each of ``TRIMAP_WIDTHS`` of a boundary.
+        curve: ``(N, T, 3, C)``, overlaps at each of ``THRESHOLDS``, or T = 0 if not asked for.
         masks: ``(N,)``, classes refined.
         seconds: ``(N,)``, spent on the image by the stages alone.
         noisy: whether noise was drawn; otherwise every noise seed gives the same.
     """
 
     ids: tuple[str, ...]
-    counts: Counts
+    overlaps: Counts
     bands: Counts
     trimaps: Counts
     curve: Counts
@@ -52,7 +50,7 @@ class Scores:
         rows = [place[name] for name in ids]
         return Scores(
             ids=tuple(ids),
-            counts=self.counts[rows],
+            overlaps=self.overlaps[rows],
             bands=self.bands[rows],
             trimaps=self.trimaps[rows],
             curve=self.curve[rows],
@@ -69,20 +67,22 @@ class Scores:
             "masks": self.masks,
             "seconds": self.seconds,
         }
-        for name in ("counts", "bands", "trimaps", "curve"):
+        for name in _COUNTED:
             named[name] = getattr(self, name).astype(np.int32)
         return named
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, NDArray[np.generic]]) -> "Scores":
         """Return what was saved."""
-        matrices = {
-            name: np.asarray(arrays[name], np.int64)
-            for name in ("counts", "bands", "trimaps", "curve", "masks")
-        }
+        counted = {name: np.asarray(each) for name, each in arrays.items()}
+        if "counts" in counted:  # saved when the whole matrices were kept
+            for name in ("trimaps", "curve"):
+                counted[name] = overlaps_of(counted[name])
+            counted["overlaps"] = overlaps_of(counted["counts"])
+        kept = {name: counted[name].astype(np.int64) for name in (*_COUNTED, "masks")}
         seconds = np.asarray(arrays["seconds"], np.float64)
         ids = tuple(str(name) for name in arrays["ids"])
-        return cls(ids=ids, seconds=seconds, noisy=bool(arrays["noisy"]), **matrices)
+        return cls(ids=ids, seconds=seconds, noisy=bool(arrays["noisy"]), **kept)
 
 
 def score_image(
@@ -105,16 +105,15 @@ def score_image(
         seconds: spent on the image.
         masks: classes refined.
     """
-    counts = confusion_matrix(label, truth, num_classes)
     near = [confusion_matrix(label, trimap(truth, w), num_classes) for w in TRIMAP_WIDTHS]
-    curve = np.zeros((0, num_classes, num_classes), np.int64)
+    curve = np.zeros((0, 3, num_classes), np.int64)
     if soft is not None:
-        curve = threshold_counts(soft[0], soft[1], truth, num_classes, THRESHOLDS)
+        curve = overlaps_of(threshold_counts(soft[0], soft[1], truth, num_classes, THRESHOLDS))
     return Scores(
         ids=(image_id,),
-        counts=counts[None],
+        overlaps=overlaps_of(confusion_matrix(label, truth, num_classes))[None],
         bands=np.stack(boundary_counts(label, truth, num_classes))[None],
-        trimaps=np.stack(near)[None],
+        trimaps=overlaps_of(np.stack(near))[None],
         curve=curve[None],
         masks=np.asarray([masks]),
         seconds=np.asarray([seconds], np.float64),
@@ -123,7 +122,7 @@ def score_image(
 
 def join(parts: Sequence[Scores], *, noisy: bool) -> Scores:
     """Return the scores of several groups of images as one, one after the other."""
-    names = ("counts", "bands", "trimaps", "curve", "masks", "seconds")
+    names = (*_COUNTED, "masks", "seconds")
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     ids = tuple(name for part in parts for name in part.ids)
     return Scores(ids=ids, noisy=noisy, **joined)
@@ -140,15 +139,14 @@ def pooled(runs: Sequence[Scores]) -> Scores:
     if any(run.ids != runs[0].ids for run in runs):
         message = "noise seeds can be pooled over the same images only"
         raise ValueError(message)
-    names = ("counts", "bands", "trimaps", "curve")
-    summed = {name: np.sum([getattr(run, name) for run in runs], axis=0) for name in names}
+    summed = {name: np.sum([getattr(run, name) for run in runs], axis=0) for name in _COUNTED}
     seconds = np.mean([run.seconds for run in runs], axis=0)
     return Scores(ids=runs[0].ids, masks=runs[0].masks, seconds=seconds, **summed)
 
 
 def boundary_iou(scores: Scores) -> float:
     """Mean over classes of the boundary bands' IoU, in [0, 1]."""
-    return mean_band_iou(scores.bands.sum(axis=0), overlaps_of(total(scores.counts)))
+    return mean_band_iou(scores.bands.sum(axis=0), scores.overlaps.sum(axis=0))
 
 
 @dataclass(frozen=True)
@@ -187,8 +185,9 @@ def line(way: str, reference: Sequence[Scores], runs: Sequence[Scores], resample
     """
     ours = pooled(runs)
     gain = gain_of(reference, runs, resamples)
-    score = bootstrap_mean_iou(ours.counts, resamples)
-    spread = float(np.std([mean_iou(run.counts) for run in runs], ddof=1)) if len(runs) > 1 else 0.0
+    score = bootstrap_overlaps(ours.overlaps, resamples)
+    alone = [mean_overlap(run.overlaps) for run in runs]
+    spread = float(np.std(alone, ddof=1)) if len(runs) > 1 else 0.0
     return Line(
         way=way,
         miou=100 * score.value,
@@ -207,5 +206,5 @@ def gain_of(reference: Sequence[Scores], runs: Sequence[Scores], resamples: int)
     if before.ids != after.ids:
         message = "a paired gain needs the same images twice"
         raise ValueError(message)
-    # A sum over three seeds against one: the scale of a matrix does not change its IoU.
-    return paired_gain(before.counts, after.counts, resamples)
+    # A sum over three seeds against one: the scale of overlaps does not change their IoU.
+    return paired_overlaps(before.overlaps, after.overlaps, resamples)

@@ -12,7 +12,7 @@ import yaml
 
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.steps import Correspondence
-from g4seg_pl.evaluation.confusion import mean_iou
+from g4seg_pl.evaluation.confusion import mean_overlap
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab.choose import GRID, choose
 from g4seg_pl.lab.chooser import Chooser, best_threshold, with_values
@@ -103,8 +103,8 @@ def test_the_curve_is_what_the_thresholds_give(lab: Lab) -> None:
         each: lab.runner().run([Way("seed")], source, Threshold(each))["seed"][0]
         for each in (value, THRESHOLDS[3])
     }
-    assert miou == pytest.approx(100 * mean_iou(plain[value].counts))
-    np.testing.assert_array_equal(curve[0].curve[:, 3], plain[THRESHOLDS[3]].counts)
+    assert miou == pytest.approx(100 * mean_overlap(plain[value].overlaps))
+    np.testing.assert_array_equal(curve[0].curve[:, 3], plain[THRESHOLDS[3]].overlaps)
     assert lab.background("degraded").value == value
 
 

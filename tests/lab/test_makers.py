@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from g4seg_pl.core.background import compose_label
-from g4seg_pl.evaluation.confusion import mean_iou
+from g4seg_pl.evaluation.confusion import mean_overlap
 from g4seg_pl.lab import __main__ as command
 from g4seg_pl.lab import cam_weights as training
 from g4seg_pl.lab.cache import Store
@@ -116,7 +116,7 @@ def test_the_background_before_a_crf_is_the_best_of_those_tried(
     source = MadeSource(made.models, made.store, "clip_es", "val", 4, 0, chosen.threshold, RECIPE)
     ways = [Way(str(value), (stage,)) for value, stage in found.items()]
     runs = made.runner().run(ways, source, chosen.rule, (0,))
-    mious = {value: mean_iou(pooled(runs[str(value)]).counts) for value in found}
+    mious = {value: mean_overlap(pooled(runs[str(value)]).overlaps) for value in found}
     assert len(set(mious.values())) == 2
     assert _crf(chosen.ways).background == max(mious, key=mious.__getitem__)
 

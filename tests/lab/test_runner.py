@@ -15,8 +15,9 @@ from g4seg_pl.core.background import PowerBackground, Threshold, compose_label
 from g4seg_pl.core.confidence import Averaged
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.steps import Blur, Correspondence
-from g4seg_pl.evaluation.bootstrap import paired_gain
-from g4seg_pl.evaluation.confusion import confusion_matrix, mean_iou
+from g4seg_pl.evaluation.bootstrap import paired_overlaps
+from g4seg_pl.evaluation.boundary import trimap
+from g4seg_pl.evaluation.confusion import confusion_matrix, mean_overlap, overlaps_of
 from g4seg_pl.features.open_clip import OpenClipFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab.cache import Store, hash_of_files, key_of
@@ -24,7 +25,7 @@ from g4seg_pl.lab.controls import WithFeatures
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.runner import Runner
-from g4seg_pl.lab.scores import gain_of, line
+from g4seg_pl.lab.scores import THRESHOLDS, TRIMAP_WIDTHS, Scores, gain_of, line, score_image
 from g4seg_pl.lab.sources import BANDS, SceneSource, mask_iou
 from g4seg_pl.lab.stages import DenseCRF, LabelFiles, Masks, Way, at_threshold
 from g4seg_pl.lab.written import build_object
@@ -53,8 +54,8 @@ def test_resume_computes_nothing_twice(runner: Runner) -> None:
     assert fresh.computed == 0
     for name, runs in first.items():
         for one, two, three in zip(runs, again[name], loaded[name], strict=True):
-            np.testing.assert_array_equal(one.counts, two.counts)
-            np.testing.assert_array_equal(one.counts, three.counts)
+            np.testing.assert_array_equal(one.overlaps, two.overlaps)
+            np.testing.assert_array_equal(one.overlaps, three.overlaps)
 
 
 def test_equal_ways_are_made_and_kept_once(runner: Runner) -> None:
@@ -70,7 +71,9 @@ def test_equal_ways_are_made_and_kept_once(runner: Runner) -> None:
 def test_another_extractor_looks_within_other_steps_too(runner: Runner) -> None:
     deep = WithFeatures([Correspondence(confidence_range=None)], VAEFeatures(level=0))
     ways = [Way("within", (Averaged([deep], draws=1),)), Way("deep", (deep,))]
-    found = {name: runs[0].counts for name, runs in runner.run(ways, scenes(runner), RULE).items()}
+    found = {
+        name: runs[0].overlaps for name, runs in runner.run(ways, scenes(runner), RULE).items()
+    }
     np.testing.assert_array_equal(found["within"], found["deep"])
 
 
@@ -97,7 +100,7 @@ def test_more_scenes_compute_only_the_new_batch(runner: Runner) -> None:
     before = runner.computed
     large = runner.run(WAYS[:1], scenes(runner, 20), RULE)["blur"][0]
     assert runner.computed - before == 4
-    np.testing.assert_array_equal(large.counts[:16], small.counts)
+    np.testing.assert_array_equal(large.overlaps[:16], small.overlaps)
     fewer = runner.run(WAYS[:1], scenes(runner, 3), RULE)["blur"][0]
     assert fewer.ids == small.ids[:3]
 
@@ -137,7 +140,7 @@ def test_a_chain_equals_its_stages_run_by_the_refiner(runner: Runner) -> None:
     for index, (sample, soft) in enumerate(zip(samples, refined, strict=True)):
         label = compose_label(soft, sample.seed.class_ids, RULE).numpy()
         wanted = confusion_matrix(label, sample.truth.numpy(), source.num_classes)
-        np.testing.assert_array_equal(found.counts[index], wanted)
+        np.testing.assert_array_equal(found.overlaps[index], overlaps_of(wanted))
 
 
 def test_runs_begin_where_kept_ones_ended(
@@ -170,21 +173,41 @@ def test_runs_begin_where_kept_ones_ended(
         assert done.count("Correspondence") == generated > 0
     for name, runs in (first | second).items():
         for one, two in zip(runs, wanted[name], strict=True):
-            np.testing.assert_array_equal(one.counts, two.counts)
+            np.testing.assert_array_equal(one.overlaps, two.overlaps)
             assert one.noisy
     runner.run([Way("again", (Blur(1.0), Blur(2.0)))], scenes(runner), RULE)
     assert done.count("Blur") == 4
 
 
+def test_scores_saved_as_whole_matrices_are_read_as_overlaps() -> None:
+    numbers = np.random.default_rng(0)
+    label, truth = numbers.integers(0, 5, (2, 40, 30)).astype(np.uint8)
+    scores = score_image("a", label, truth, 5, (numbers.random((2, 40, 30), np.float32), (1, 4)))
+    saved = dict(scores.arrays())
+    assert Scores.from_arrays(saved).curve.tolist() == scores.curve.tolist()
+    del saved["overlaps"]
+    near = [confusion_matrix(label, trimap(truth, width), 5) for width in TRIMAP_WIDTHS]
+    levels = [confusion_matrix(label, truth, 5)] * len(THRESHOLDS)
+    older = saved | {
+        "counts": confusion_matrix(label, truth, 5)[None].astype(np.int32),
+        "trimaps": np.stack(near)[None].astype(np.int32),
+        "curve": np.stack(levels)[None].astype(np.int32),
+    }
+    found = Scores.from_arrays(older)
+    for name in ("ids", "overlaps", "bands", "trimaps", "masks", "seconds"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(scores, name))
+    assert found.curve.shape == scores.curve.shape
+
+
 def test_gains_are_paired_and_noise_seeds_no_further_images(runner: Runner) -> None:
     found = runner.run([Way("seed"), *WAYS], scenes(runner), RULE, (0, 1))
     before, after = found["seed"], found["g4seg"]
-    summed = np.sum([run.counts for run in after], axis=0)
-    wanted = paired_gain(before[0].counts * 2, summed, 50)
+    summed = np.sum([run.overlaps for run in after], axis=0)
+    wanted = paired_overlaps(before[0].overlaps * 2, summed, 50)
     assert gain_of(before, after, 50) == wanted
     row = line("g4seg", before, after, 50)
     assert row.gain == pytest.approx(100 * wanted.value)
-    assert row.miou == pytest.approx(100 * mean_iou(summed))
+    assert row.miou == pytest.approx(100 * mean_overlap(summed))
     assert line("seed", before, before, 50).gain_se == 0
     with pytest.raises(ValueError, match="same images"):
         gain_of([before[0].select(before[0].ids[:2])], after, 10)
@@ -203,13 +226,13 @@ def test_crf_and_files_decide_their_own_labels(runner: Runner, tmp_path: Path) -
         Way("files", (Blur(), LabelFiles(str(tmp_path)))),
     ]
     found = runner.run([Way("seed"), *ways], source, RULE)
-    assert mean_iou(found["files"][0].counts) == 1
-    assert (found["dcrf"][0].counts != found["seed"][0].counts).any()
+    assert mean_overlap(found["files"][0].overlaps) == 1
+    assert (found["dcrf"][0].overlaps != found["seed"][0].overlaps).any()
     with pytest.raises(ConfigurationError, match="label file"):
         runner.run([Way("none", (LabelFiles(str(tmp_path / "no")),))], source, RULE)
     for path in tmp_path.glob("*.png"):
         Image.fromarray(np.zeros_like(Image.open(path))).save(path)
-    assert mean_iou(runner.run(ways[2:], source, RULE)["files"][0].counts) < 1, (
+    assert mean_overlap(runner.run(ways[2:], source, RULE)["files"][0].overlaps) < 1, (
         "read from the store"
     )
 

@@ -16,6 +16,7 @@ from datamodules import VOCDataModule
 from g4seg_pl.callbacks.run_record import describe
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.evidence import ClassEvidence
+from g4seg_pl.evaluation.confusion import overlaps_of
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab import __main__ as command
 from g4seg_pl.lab import compare, paper
@@ -188,15 +189,15 @@ def test_failures_are_drawn(lab: Lab, tmp_path: Path) -> None:
     assert failures(lab, tmp_path, count=2).is_file()
 
 
-def test_masks_are_taken_apart_from_confusion_matrices() -> None:
+def test_masks_are_taken_apart_from_overlaps() -> None:
     # Class 1: 10 pixels, 6 found, 2 of the background taken too.
     before = np.array([[[88, 2], [4, 6]]])
     after = np.array([[[89, 1], [1, 9]]])
-    empty = np.zeros((1, 0, 2, 2), int)
+    empty = np.zeros((1, 0, 3, 2), int)
     bands, ones = np.zeros((1, 2, 2), int), np.ones(1, int)
 
     def scores(counts: Any) -> Scores:
-        return Scores(("a",), counts, bands, empty, empty, ones, ones.astype(float))
+        return Scores(("a",), overlaps_of(counts), bands, empty, empty, ones, ones.astype(float))
 
     found = per_mask(scores(before), scores(after))
     assert found.before.tolist() == [0.5]

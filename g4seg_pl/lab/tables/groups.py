@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from g4seg_pl.evaluation.bootstrap import paired_gain
-from g4seg_pl.evaluation.confusion import divide, intersection_and_union
+from g4seg_pl.evaluation.bootstrap import paired_overlaps
+from g4seg_pl.evaluation.confusion import divide
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.scores import TRIMAP_WIDTHS, Scores, pooled
 from g4seg_pl.lab.sources import SeedKind
@@ -40,15 +40,16 @@ class PerMask:
 
 def per_mask(before: Scores, after: Scores) -> PerMask:
     """Return IoUs of every class that is in an image's truth, before and after."""
-    truth = before.counts.sum(axis=2)
+    truth = before.overlaps[:, 2]
     image, label = np.nonzero(truth[:, 1:])
     label = label + 1
     ious = []
     for scores in (before, after):
-        intersection, union = intersection_and_union(scores.counts)
+        intersection, union = scores.overlaps[:, 0], scores.overlaps[:, 1]
         ious.append(divide(intersection, union)[image, label])
-    predicted = before.counts.sum(axis=1)[image, label]
     area = truth[image, label]
+    # |A or B| = |A| + |B| - |A and B|
+    predicted = (before.overlaps[:, 1] + before.overlaps[:, 0])[image, label] - area
     size = area / truth.sum(axis=1)[image]
     return PerMask(image, ious[0], ious[1], size, (predicted - area) / area)
 
@@ -101,7 +102,7 @@ def group_rows(
         count = int(inside.sum())
         rows.append({**head, "group": name, "masks": count, "gain": gain, "gain_se": error})
     for index, width in enumerate(TRIMAP_WIDTHS):
-        found = paired_gain(seed.trimaps[:, index], ours.trimaps[:, index], lab.resamples)
+        found = paired_overlaps(seed.trimaps[:, index], ours.trimaps[:, index], lab.resamples)
         rows.append(
             {
                 **head,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
-from g4seg_pl.evaluation.confusion import mean_iou
+from g4seg_pl.evaluation.confusion import mean_overlap
 from g4seg_pl.lab.cam_weights import CamRecipe, cam_weights
 from g4seg_pl.lab.chooser import LEAVES_PROBABILITIES, best_threshold
 from g4seg_pl.lab.laboratory import Lab
@@ -147,7 +147,7 @@ def _chosen(ways: Sequence[Way], found: Mapping[str, Sequence[Scores]]) -> Itera
 def _miou(way: Way, runs: Sequence[Scores]) -> float:
     """In percent; behind a dense CRF of its own labels, else at the best threshold."""
     own = _own_threshold(way, runs) is None
-    return 100 * mean_iou(pooled(runs).counts) if own else best_threshold(runs)[1]
+    return 100 * mean_overlap(pooled(runs).overlaps) if own else best_threshold(runs)[1]
 
 
 def rule_of(name: MakerName, threshold: float) -> BackgroundRule:

@@ -12,7 +12,7 @@ import torch
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.controls import FlatInjection, OtherClass, OtherLatent
 from g4seg_pl.core.gradient import Gradient
-from g4seg_pl.evaluation.bootstrap import paired_gain
+from g4seg_pl.evaluation.bootstrap import paired_overlaps
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.scores import Scores, pooled
@@ -91,7 +91,7 @@ def _subset_rows(
         inside = [index == 0 or flag[index - 1] for flag in flags]
         if sum(inside) > 1:
             keep = np.flatnonzero(inside)
-            gain = paired_gain(seed.counts[keep], ours.counts[keep], lab.resamples)
+            gain = paired_overlaps(seed.overlaps[keep], ours.overlaps[keep], lab.resamples)
             row |= {name: 100 * gain.value, f"{name}_se": 100 * gain.standard_error}
     return [row]
 
