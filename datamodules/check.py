@@ -148,6 +148,9 @@ def check(
 ) -> int:
     """Prints counts, everything that is missing, and the class histogram.
 
+    -c FILE takes the data section of a run's file, once or several times; options of the run itself
+    (--model..., --writer..., --trainer..., --out, --override) are passed over.
+
     Args:
         data: the data module.
         truth: also ground truth must be there, and of the image's size.

@@ -254,6 +254,7 @@ def _require_truth(items: Sequence[Item], purpose: str) -> None:
     if missing:
         message = (
             f"data.{purpose}: {len(missing)} of {len(items)} images have no ground truth, such as "
-            f"{', '.join(missing[:3])}; give its folder, or another split"
+            f"{', '.join(missing[:3])}; give its folder, or another "
+            "split (COCO's: g4seg prepare coco)"
         )
         raise ConfigurationError(message)

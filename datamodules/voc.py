@@ -121,7 +121,8 @@ class VOCDataModule(SeedDataModule):
         if not folder.is_dir() or not val.is_file():
             message = (
                 f"split: no list {self.lists / 'train_aug.txt'}, and it cannot be derived: that "
-                f"needs {folder} and {val}"
+                f"needs {folder} and {val}. Put the list there (voc12/train_aug.txt of IRN or "
+                "CLIP-ES), give its path as the split, or take train"
             )
             raise ConfigurationError(message)
         held_out = {line.image_id for line in read_list(val)}

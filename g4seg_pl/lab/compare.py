@@ -30,6 +30,8 @@ SIDE_BY_SIDE = (
     "guided,random-walk,affinity,gradient"
 )
 COST_IMAGES = 8
+# Masks that enter a network at once.
+IN_THE_WORLD, ON_DATA = 32, 8
 
 
 def read_ways(path: Path) -> dict[str, list[Any]]:
@@ -121,6 +123,7 @@ def compare(
     data: "SeedDataModule | None" = None,
     background: Threshold | PowerBackground | None = None,
     model: str | None = None,
+    masks_per_pass: int | None = None,
     ways_file: Path | None = None,
     chosen: Path = CHOSEN,
     clip: Path = CLIP,
@@ -142,6 +145,8 @@ def compare(
         data: a data module with seeds and truth, by class path; None for the embedded world.
         background: the seeds' rule, with `data`.
         model: a diffusers folder or hub id; the embedded generator if None.
+        masks_per_pass: masks that enter a network at once, the bound on memory; None for 8 with
+            `data`, 32 of the embedded world's small ones.
         ways_file: YAML with a list of stages by name; configs/paper/ways.yaml with `data`.
         chosen: what was chosen in the embedded world.
         clip: the world's CLIP.
@@ -154,7 +159,9 @@ def compare(
     """
     check_counts(1, images=images, noise_seeds=noise_seeds)
     check_counts(2, resamples=resamples)
-    models = Models(model or GENERATOR, clip)
+    passes = masks_per_pass or (IN_THE_WORLD if data is None else ON_DATA)
+    check_counts(1, masks_per_pass=passes)
+    models = Models(model or GENERATOR, clip, masks_per_pass=passes)
     lab = Lab(models, Store(store), chosen_file=chosen, images=images, first=first, quiet=False)
     names = [name for name in ways.split(",") if name and name != "seed"]
     source: Source

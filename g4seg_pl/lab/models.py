@@ -25,7 +25,7 @@ class Models:
         clip: an open_clip folder, for seeds of the embedded world.
         device: None takes a GPU if there is one.
         prompt_template: the prompt, with one ``{}`` for the class.
-        masks_per_pass: how many masks enter a network at once.
+        masks_per_pass: how many masks enter a network at once: the bound on memory.
         decoder: an AutoencoderTiny that decodes instead of the generator's autoencoder.
     """
 
@@ -89,7 +89,10 @@ class Models:
             ConfigurationError: there is no such folder.
         """
         if not Path(self.clip).is_dir():
-            message = f"clip: no folder {self.clip}; train it by `make world`, or give another"
+            message = (
+                f"clip: no folder {self.clip}; train it by `python -m g4seg_pl.world.train clip`, "
+                "or give another"
+            )
             raise ConfigurationError(message)
         return identity_of(self.clip)
 

@@ -38,8 +38,9 @@ def paper(
     Args:
         table: table-1 to table-9, table-11, or fig-3 to fig-12.
         world: run in the embedded world.
-        data: real data: --data.root, --data.seeds, --data.split, --data.dialect.
-        model: the generator: --model.model, --model.device.
+        data: real data: --data.root, --data.seeds, --data.split, --data.dialect,
+            --data.seed_options.
+        model: the generator: --model.model, --model.device, --model.masks_per_pass.
         rows: only rows whose label holds this text.
         images: at most so many of each row; in the world 300, of real data all; a figure
             chooses among its first 24.
@@ -58,7 +59,7 @@ def paper(
         quiet: print no progress.
 
     Returns:
-        0, the exit status.
+        the exit status: 1 if images had to be left out of a table.
     """
     check_counts(1, images=1 if images is None else images, noise_seeds=noise_seeds)
     check_counts(2, resamples=resamples)
@@ -88,7 +89,7 @@ def paper(
     made.write(out)
     (out / f"{made.name}.md").write_text(made.markdown(), encoding="utf-8")
     print(made.markdown())
-    return 0
+    return 0 if plan.complete else 1
 
 
 def main(words: Sequence[str]) -> int:

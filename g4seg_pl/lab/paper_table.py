@@ -8,11 +8,14 @@ from typing import Any
 
 import yaml
 
+from datamodules.seed_files.maps import ReadOptions
 from g4seg_pl.callbacks.run_record import describe
 from g4seg_pl.core.background import BackgroundRule, PowerBackground, Threshold
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab.cache import Store
+from g4seg_pl.lab.compare import IN_THE_WORLD as WORLD_PASSES
+from g4seg_pl.lab.compare import ON_DATA as DATA_PASSES
 from g4seg_pl.lab.compare import WAYS, read_ways, ways_of
 from g4seg_pl.lab.laboratory import REPOSITORY, Lab
 from g4seg_pl.lab.models import Models
@@ -26,6 +29,7 @@ from g4seg_pl.types import ConfigurationError
 from g4seg_pl.world.folders import GENERATOR
 
 CONFIGS = REPOSITORY / "configs" / "paper"
+WRITTEN = "configs/paper/ways.yaml"
 IN_THE_WORLD = (
     "Measured in the embedded world: its scenes, seeds and small generator stand in for the "
     "paper's. Figures marked (P) are the paper's, on real data; the two cannot be compared."
@@ -42,12 +46,14 @@ class Data:
         seeds: folder of seed files, or one that has a folder a row, named as the row's ``seeds``.
         split: instead of the table's.
         dialect: of the seed files.
+        seed_options: what the seed files do not say themselves.
     """
 
     root: Path | None = None
     seeds: Path | None = None
     split: str | None = None
     dialect: str = "auto"
+    seed_options: ReadOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,13 @@ class Model:
     Attributes:
         model: a diffusers folder or hub id; the embedded generator if None.
         device: None takes a GPU if there is one.
+        masks_per_pass: masks that enter a network at once, the bound on memory; None for 8 on
+            data, 32 of the embedded world's small ones.
     """
 
     model: str | None = None
     device: str | None = None
+    masks_per_pass: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,12 +100,16 @@ class PaperTable:
     Args:
         options: of the command.
 
+    Attributes:
+        complete: whether no image of the rows that were run had to be left out.
+
     Raises:
         ConfigurationError: there is no such table or row, or neither world nor data is given.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.complete = True
         path = options.configs / f"{options.table}.yaml"
         if not path.is_file():
             known = ", ".join(sorted(each.stem for each in options.configs.glob("*-*.yaml")))
@@ -111,7 +124,19 @@ class PaperTable:
             known = ", ".join(repr(row["row"]) for row in self.plan["rows"])
             message = f"rows: none of {options.table} holds {options.rows!r}; there are {known}"
             raise ConfigurationError(message)
-        models = Models(options.model.model or GENERATOR, options.clip, options.model.device)
+        if not options.world and options.model.model is None:
+            message = (
+                "model.model: None given, and the embedded generator knows its scenes alone; give "
+                "a diffusers folder or hub id"
+            )
+            raise ConfigurationError(message)
+        passes = options.model.masks_per_pass or (WORLD_PASSES if options.world else DATA_PASSES)
+        models = Models(
+            options.model.model or GENERATOR,
+            options.clip,
+            options.model.device,
+            masks_per_pass=passes,
+        )
         self.lab = Lab(
             models,
             Store(options.store),
@@ -141,12 +166,35 @@ class PaperTable:
             "generator": str(self.options.model.model or "embedded"),
             "F of Eq. 8": object_text(describe(self.features)),
             "noise seeds": self.options.noise_seeds,
-            "settings": "chosen on validation scenes" if world else "configs/paper/ways.yaml",
+            "settings": self._settings(),
             "unit": "percent; ± bootstrap standard error over images, gains paired",
         }
         notes = (IN_THE_WORLD if world else ON_DATA, *self.plan.get("notes", ()))
         signed = ("gain",)
         return Table(self.options.table, self.plan["title"], tuple(rows), protocol, notes, signed)
+
+    def _settings(self) -> str:
+        """Where the settings of the ways are from."""
+        if not self.options.world:
+            return WRITTEN
+        used = [row for row in self.rows if not row.get("not_here")]
+        names = {name for row in used for name in self.here(row, "ways") if name != "seed"}
+        written = {n for row in used for n in self.here(row, "ways") if not self._is_chosen(row, n)}
+        if not written:
+            return "chosen on validation scenes"
+        others = f"others chosen on validation scenes; {', '.join(sorted(written))}: {WRITTEN}"
+        return others if names - written else WRITTEN
+
+    def _written(self) -> dict[str, list[Any]]:
+        """Stages by name, from a file beside the table's if there is one."""
+        own = self.options.configs / WAYS.name
+        return read_ways(own if own.is_file() else WAYS)
+
+    def _is_chosen(self, row: Mapping[str, Any], name: str) -> bool:
+        """Whether a way has settings of its own for the row's kind of seeds in the world."""
+        if name == "seed":
+            return True
+        return not row.get("as_written", False) and self.lab.has(row["world"], name)
 
     def _rows(self, row: Mapping[str, Any]) -> list[dict[str, Cell]]:
         reason = row.get("not_here") if self.options.world else row.get("needs")
@@ -161,7 +209,11 @@ class PaperTable:
         found = runner.run(every, source, rule, self.lab.noise_seeds)
         if row.get("by_quality"):
             return self._by_quality(row, source, found)
-        head: dict[str, Cell] = {"row": row["row"], "seeds": source.kind}
+        head: dict[str, Cell] = {"row": row["row"], "seeds": source.kind, "split": source.split}
+        head |= {"images": len(found["seed"][0].ids), "background": repr(rule)}
+        if (left_out := len(source.ids) - len(found["seed"][0].ids)) > 0:
+            head["left out"] = left_out
+            self.complete = False
         measured = [line(n, found["seed"], runs, self.lab.resamples) for n, runs in found.items()]
         return [head | _row_of(each, published.get(each.way)) for each in measured]
 
@@ -175,6 +227,7 @@ class PaperTable:
         module, _, name = str(described["class_path"]).rpartition(".")
         arguments = dict(described.get("init_args") or {}) | {"root": data.root}
         arguments |= {"seeds": self._seeds(row), "num_workers": 0, "dialect": data.dialect}
+        arguments["seed_options"] = data.seed_options
         if data.split is not None:
             arguments["split"] = data.split
         made = getattr(import_module(module), name)(**arguments)
@@ -205,14 +258,11 @@ class PaperTable:
         """A row's ways but for the seed itself."""
         names = [name for name in self.here(row, "ways") if name != "seed"]
         if not self.options.world:
-            return ways_of(names, read_ways(WAYS))
+            return ways_of(names, self._written())
         kind: SeedKind = row["world"]
-        written = read_ways(WAYS)
-        fixed = row.get("as_written", False)
+        written = self._written()
         return [
-            ways_of([name], written)[0]
-            if fixed or not self.lab.has(kind, name)
-            else self.lab.way(kind, name)
+            self.lab.way(kind, name) if self._is_chosen(row, name) else ways_of([name], written)[0]
             for name in names
         ]
 

@@ -228,10 +228,14 @@ class Runner:
         if not usable:
             empty = [_score_plain(each, source.num_classes, curve=curve) for each in samples]
             return [join(empty, noisy=False) for _ in runs]
-        with torch.no_grad():
-            if prepared.batch is None:
-                prepared.batch = make_batch(self.models.refiner(self.features), usable)
-            states = self._states(runs, prepared.batch, prepared.chains, background)
+        try:
+            with torch.no_grad():
+                if prepared.batch is None:
+                    prepared.batch = make_batch(self.models.refiner(self.features), usable)
+                states = self._states(runs, prepared.batch, prepared.chains, background)
+        except torch.OutOfMemoryError as error:
+            message = f"out of memory: lower masks_per_pass (now {self.models.masks_per_pass})"
+            raise ConfigurationError(message) from error
         return [_score(state, samples, usable, source.num_classes, curve=curve) for state in states]
 
     def _states(

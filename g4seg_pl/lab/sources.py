@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from g4seg_pl.callbacks.run_record import Json, describe
+from g4seg_pl.callbacks.run_record import NOT_COMPARED, Json, describe
 from g4seg_pl.lab.cache import Store, state_of_files
 from g4seg_pl.lab.models import Models
 from g4seg_pl.seeds.base import SeedMaker
@@ -202,20 +202,34 @@ class DataSource(Source):
 
     def describe(self) -> Json:
         """The data module's arguments, and what tells its files from changed ones."""
-        return {"kind": self.kind, "data": describe(self.data), "files": self._files}
+        arguments = _without_speed(describe(self.data))
+        return {"kind": self.kind, "data": arguments, "files": self._files}
 
     def _state_of_files(self) -> str:
         """Hash of the sizes and times of change of pictures, truth and seeds that lie here."""
         return state_of_files(self._read_paths())
 
     def _read_paths(self) -> Iterator[Path]:
+        for argument in ("class_names", "labels"):
+            yield Path(str(getattr(self.data, argument, None)))
         seeds = self.data.reader.seeds
         for name, item in self._items.items():
             try:
                 seed = seeds.path(name) if hasattr(seeds, "path") else self.data.seeds
             except BadItemError:
                 seed = None  # it is named when it is read
-            yield from (Path(str(file)) for file in (item.image, item.truth, seed))
+            # Of a member of a tar, the tar.
+            files = (item.image, item.truth, seed)
+            yield from (Path(str(getattr(getattr(f, "source", None), "url", f))) for f in files)
+
+
+def _without_speed(description: Json) -> Json:
+    """A data module's description without the arguments that change no image."""
+    if not isinstance(description, dict):
+        return description
+    arguments = description.get("init_args", {})
+    kept = {name: each for name, each in arguments.items() if name not in NOT_COMPARED}
+    return {**description, "init_args": kept}
 
 
 def _packed(seeds: Sequence[Seed]) -> dict[str, NDArray[Any]]:

@@ -91,7 +91,7 @@ def gradient_maps(
     try:
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     except ImportError as error:
-        message = f"method: {method} needs the grad-cam library; pip install g4seg-pl[cam]"
+        message = f"method: {method} needs the grad-cam library; pip install 'g4seg-pl[cam]'"
         raise ConfigurationError(message) from error
     maps = []
     with torch.enable_grad(), _explainer(method)(network, [network.resnet.layer4[-1]]) as cam:

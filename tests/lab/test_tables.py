@@ -25,6 +25,7 @@ from g4seg_pl.lab.paper_table import ON_DATA
 from g4seg_pl.lab.pictures import failures
 from g4seg_pl.lab.runner import Runner
 from g4seg_pl.lab.scores import Scores
+from g4seg_pl.lab.sources import DataSource
 from g4seg_pl.lab.table import Table, read_table
 from g4seg_pl.lab.tables import refinement
 from g4seg_pl.lab.tables.decoders import decoders
@@ -306,6 +307,10 @@ def test_every_table_of_the_paper_runs_in_the_world(name: str, lab: Lab, tmp_pat
     assert "embedded world" in table["notes"][0]
     assert any(row.get("(P)") is not None for row in table["rows"])
     assert any(row.get("gain") is not None for row in table["rows"])
+    # What no validation scene chose is said: all of table 3, and every open-vocabulary way.
+    told = table["protocol"]["settings"]
+    assert (told == "configs/paper/ways.yaml") == (name in ("table-3", "table-4", "fig-4"))
+    assert name != "table-1" or "g4seg-open-vocabulary: configs" in told
 
 
 def test_a_table_of_the_paper_runs_on_data(lab: Lab, tmp_path: Path) -> None:
@@ -317,12 +322,37 @@ def test_a_table_of_the_paper_runs_on_data(lab: Lab, tmp_path: Path) -> None:
     table = json.loads((tmp_path / "out" / "table-3.json").read_text())
     assert table["notes"][0] == ON_DATA
     assert {row["way"]: row["(P)"] for row in table["rows"]}["EMI-SCA"] == 71.7
+    assert {(row["images"], row["split"]) for row in table["rows"]} == {(3, "train")}
+    assert table["protocol"]["settings"] == "configs/paper/ways.yaml"
+    next((tmp_path / "cam_out").iterdir()).unlink()
+    assert paper.main(words) == 1
+    table = json.loads((tmp_path / "out" / "table-3.json").read_text())
+    assert {(row["images"], row["left out"]) for row in table["rows"]} == {(2, 1)}
+    with pytest.raises(ConfigurationError, match=r"model\.model: None given"):
+        paper.main([word for word in words if "model" not in word and "generator" not in word])
+
+
+def test_what_decides_results_is_in_their_key(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    classes = tmp_path / "classes.txt"
+    lines = [f"class{n} | word {n}" for n in range(1, 21)]
+    classes.write_text("\n".join(lines))
+
+    def key(**options: Any) -> Any:
+        module = VOCDataModule(tmp_path, tmp_path / "cam_out", class_names=classes, **options)
+        return DataSource(module, "files").describe()
+
+    before = key(num_workers=0)
+    assert key(num_workers=1, batch_size=7) == before
+    classes.write_text("\n".join([*lines[:-1], "class20 | another word"]))
+    assert key(num_workers=0) != before
 
 
 def test_rows_of_several_makers_do_not_share_a_folder(lab: Lab, tmp_path: Path) -> None:
     write_voc(tmp_path)
     data = paper.Data(tmp_path, tmp_path / "cam_out")
-    options = places(lab, tmp_path) | {"data": data, "noise_seeds": 1}
+    model = paper.Model(str(lab.models.generator))
+    options = places(lab, tmp_path) | {"data": data, "noise_seeds": 1, "model": model}
     with pytest.raises(ConfigurationError, match="groupvit_voc, sclip_voc, diffsegmenter_voc"):
         paper.paper("table-1", rows="VOC", **options)
     with pytest.raises(ConfigurationError, match=r"none of table-3 holds 'IRN'.*'CLIP-ES'"):
