@@ -114,7 +114,8 @@ class ChainRunner:
     def _advance(self, stage: Stage, state: State) -> State:
         context = self.batch.context
         drawn = len(context.drawn) if isinstance(context, WatchedContext) else 0
-        spared, started = self._generated.spared, time.perf_counter()
+        spared, hidden = self._generated.spared, self._generated.hidden
+        started = time.perf_counter()
         if isinstance(stage, NativeStage):
             settled = state.settled()
             after = replace(settled, masks=stage.refine_native(settled.masks, self.batch))
@@ -123,7 +124,8 @@ class ChainRunner:
         spared = self._generated.spared - spared
         seconds = state.seconds + time.perf_counter() - started + spared
         # A context that does not watch is taken to have drawn; so is noise in an image it kept.
-        quiet = isinstance(context, WatchedContext) and len(context.drawn) == drawn and not spared
+        quiet = isinstance(context, WatchedContext) and len(context.drawn) == drawn
+        quiet = quiet and self._generated.hidden == hidden
         return replace(after, seconds=seconds, noisy=state.noisy or not quiet)
 
     def _step(self, stage: Stage, state: State) -> State:

@@ -32,17 +32,26 @@ class Generated:
 
     Attributes:
         spared: seconds that ways were spared so far, because an earlier one had made the same.
+        hidden: how often something was taken whose making drew noise, which its taker did not.
         most: bytes kept at most; what was not asked for longest goes first.
     """
 
     spared: float = 0.0
+    hidden: int = 0
     most: int = KEPT_BYTES
     _made: dict[str, tuple[Any, float, int]] = field(default_factory=dict, init=False, repr=False)
     _bytes: int = field(default=0, init=False, repr=False)
 
-    def once(self, key: str, make: Callable[[], Made]) -> Made:
-        """Return what was made under a key, or make it."""
+    def once(self, key: str, make: Callable[[], Made], *, noisy: bool = True) -> Made:
+        """Return what was made under a key, or make it.
+
+        Args:
+            key: everything that decides it.
+            make: makes it.
+            noisy: noise may be drawn in it.
+        """
         if key in self._made:
+            self.hidden += noisy
             found = self._made[key] = self._made.pop(key)  # those used last stand last
             self.spared += found[1]
             made: Made = found[0]
@@ -65,7 +74,7 @@ class KeptPasses:
     """A generator that makes the same pass once; all else is the generator's own.
 
     The attention to a word, or of an image to itself, is the same for every way that reads it at
-    one timestep under one noise, whatever the masks.
+    one timestep under one noise, whatever the masks. Whoever asks for a pass has drawn its noise.
 
     Args:
         generator: that passes are made with.
@@ -97,7 +106,7 @@ class KeptPasses:
             return make()
         injected = [] if injection is None else _values(injection)
         key = digest("denoise", noisy, timestep, embeddings, *injected)
-        return self._generated.once(key, make)
+        return self._generated.once(key, make, noisy=False)
 
     def self_attention(
         self, noisy: Tensor, timestep: int, embeddings: Tensor
@@ -105,7 +114,7 @@ class KeptPasses:
         """Return queries and keys of every self-attention layer of one pass."""
         make = self._generator.self_attention
         key = digest("self-attention", noisy, timestep, embeddings)
-        return self._generated.once(key, lambda: make(noisy, timestep, embeddings))
+        return self._generated.once(key, lambda: make(noisy, timestep, embeddings), noisy=False)
 
     def attention(
         self, noisy: Tensor, timestep: int, embeddings: Tensor
@@ -113,7 +122,7 @@ class KeptPasses:
         """Return those of every self-attention and of every cross-attention layer."""
         make = self._generator.attention
         key = digest("attention", noisy, timestep, embeddings)
-        return self._generated.once(key, lambda: make(noisy, timestep, embeddings))
+        return self._generated.once(key, lambda: make(noisy, timestep, embeddings), noisy=False)
 
 
 def digest(*parts: Any) -> str:

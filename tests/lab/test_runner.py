@@ -14,6 +14,7 @@ from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.background import PowerBackground, Threshold, compose_label
 from g4seg_pl.core.confidence import Averaged
 from g4seg_pl.core.likelihood import ChooseByLikelihood
+from g4seg_pl.core.null_text import NullTextCorrespondence
 from g4seg_pl.core.steps import Blur, Correspondence
 from g4seg_pl.evaluation.bootstrap import paired_overlaps
 from g4seg_pl.evaluation.boundary import trimap
@@ -41,6 +42,13 @@ WAYS = [
 
 def scenes(runner: Runner, count: int = 4, **options: object) -> SceneSource:
     return SceneSource(runner.models, runner.store, "degraded", "val", count, **options)
+
+
+def test_inversion_draws_no_noise_though_it_meets_a_pass_again(runner: Runner) -> None:
+    step = NullTextCorrespondence(ddim_steps=2, inner_steps=1, confidence_range=None)
+    found = runner.run([Way("nti", (step,))], scenes(runner), RULE, (0, 1))["nti"]
+    assert runner.computed == 4
+    np.testing.assert_array_equal(found[0].overlaps, found[1].overlaps)
 
 
 def test_resume_computes_nothing_twice(runner: Runner) -> None:
