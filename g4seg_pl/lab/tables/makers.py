@@ -38,8 +38,8 @@ NOTE = (
     "background having entered it by that rule. MaskCLIP and SCLIP are not told which classes an "
     "image has, the others are; no maker has a word for the background, because the world's CLIP "
     "knows none. CAM's classifier begins with random weights, not with ImageNet's, and is trained "
-    "for minutes, by `make lab` itself and in bfloat16: from one processor to another its rows moved "
-    "by up to 3 points, all others of all tables by 0.2 at most."
+    "for minutes, by `make lab` itself and in bfloat16: from one processor to another its rows "
+    "moved by up to 3 points, all others of all tables by 0.2 at most."
 )
 
 
