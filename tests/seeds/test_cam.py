@@ -138,18 +138,12 @@ class Scenes(pl.LightningDataModule):
 
 # Lightning warns of a batch without a loss; a batch of nothing but unreadable items has none.
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
-def test_fit_then_predict_from_its_checkpoint(tmp_path: Path) -> None:
+def test_fit_then_predict_from_its_checkpoint(
+    tmp_path: Path, new_trainer: Callable[[], pl.Trainer]
+) -> None:
     options: dict[str, Any] = {"architecture": "resnet18"}
     maker = Cam(crop=48, longer_side=(40, 56), learning_rate=0.05, **options)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = new_trainer()
     trainer.fit(maker, datamodule=Scenes())
     assert maker.network is not None
     assert maker.network.head.out_channels == 2
