@@ -35,10 +35,9 @@ lint: .venv/test.stamp
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-# From nothing: 102 minutes on two cores of an AMD EPYC with AVX-512, some three hours on one with AVX2
-# alone. Every part resumes and can be run by itself. Settings are chosen, and tables made, side by
-# side, a thread each, in $(PROCESSES) processes: results are kept by what determines them, wherever
-# they were made.
+# From nothing: 102 minutes on two cores of an AMD EPYC with AVX-512. Every part resumes and can be run
+# by itself. Settings are chosen, and tables made, side by side, a thread each, in $(PROCESSES)
+# processes: results are kept by what determines them, wherever they were made.
 PROCESSES ?= 2
 ONE := OMP_NUM_THREADS=1 $(LAB)
 CHOICES := choose-gradcam choose-degraded choose-cross_attention

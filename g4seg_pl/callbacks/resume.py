@@ -45,7 +45,7 @@ def configuration(trainer: pl.Trainer, soft: SoftFormat, *, tars: bool = False) 
     return {
         "model": describe(trainer.lightning_module),
         "data": describe(datamodule),
-        "classes": _classes(datamodule),
+        "classes": classes_of(datamodule),
         "soft": soft,
         **({"tar": True} if tars else {}),
         "changed_by": [describe(callbacks[index]) for index in changing],
@@ -219,7 +219,7 @@ def _class_names(datamodule: Any) -> list[str] | None:
     return None if classes is None else list(classes.names)
 
 
-def _classes(datamodule: Any) -> list[str] | None:
+def classes_of(datamodule: Any) -> list[str] | None:
     """What labels 1, 2, ... mean and how prompts name them: a file of them may be edited."""
     classes = getattr(datamodule, "class_list", None)
     if classes is None:

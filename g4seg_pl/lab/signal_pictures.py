@@ -17,7 +17,7 @@ from g4seg_pl.core.correspondence import matched_target
 from g4seg_pl.core.generation import groups_per_image
 from g4seg_pl.core.gradient import Gradient
 from g4seg_pl.core.grounding import Grounding
-from g4seg_pl.core.likelihood import paired_losses
+from g4seg_pl.core.paired_losses import paired_losses
 from g4seg_pl.core.refine import RefinementState, refine
 from g4seg_pl.core.resize import min_max, resize_maps
 from g4seg_pl.core.threshold import centre_threshold

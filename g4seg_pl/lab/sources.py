@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from g4seg_pl.callbacks.resume import classes_of
 from g4seg_pl.callbacks.run_record import NOT_COMPARED, Json, describe
 from g4seg_pl.lab.cache import Store, state_of_files
 from g4seg_pl.lab.models import Models
@@ -203,15 +204,15 @@ class DataSource(Source):
     def describe(self) -> Json:
         """The data module's arguments, and what tells its files from changed ones."""
         arguments = _without_speed(describe(self.data))
-        return {"kind": self.kind, "data": arguments, "files": self._files}
+        classes = classes_of(self.data)
+        return {"kind": self.kind, "data": arguments, "classes": classes, "files": self._files}
 
     def _state_of_files(self) -> str:
         """Hash of the sizes and times of change of pictures, truth and seeds that lie here."""
         return state_of_files(self._read_paths())
 
     def _read_paths(self) -> Iterator[Path]:
-        for argument in ("class_names", "labels"):
-            yield Path(str(getattr(self.data, argument, None)))
+        yield Path(str(self.data.labels))  # a file, or a word that names none
         seeds = self.data.reader.seeds
         for name, item in self._items.items():
             try:

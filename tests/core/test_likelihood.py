@@ -19,13 +19,12 @@ from g4seg_pl.core.generation import rows_per_class
 from g4seg_pl.core.gradient import Gradient
 from g4seg_pl.core.likelihood import (
     ChooseByLikelihood,
-    PairedLosses,
     choose,
-    paired_losses,
     pixel_weights,
     rank_images,
 )
 from g4seg_pl.core.loss import DenoisingLoss
+from g4seg_pl.core.paired_losses import PairedLosses, paired_losses
 from g4seg_pl.core.refine import RefinementState, refine
 from g4seg_pl.core.steps import Blur, Correspondence, NestedStep
 

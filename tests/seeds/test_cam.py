@@ -229,29 +229,30 @@ def test_weights_of_another_network_are_refused(network: ResNetClassifier, tmp_p
         Cam("resnet18", weights=str(tmp_path / "other.pth")).configure_model()
 
 
+@pytest.fixture
+def of_six(network: ResNetClassifier, tmp_path: Path) -> Cam:
+    """A maker with weights of six classes."""
+    torch.save(network.state_dict(), tmp_path / "six.pth")
+    return Cam("resnet18", weights=str(tmp_path / "six.pth"), scales=[1.0])
+
+
 @pytest.mark.parametrize("run", ["predict", "fit"])
 def test_weights_of_other_classes_than_the_datas_are_refused(
     run: str,
-    network: ResNetClassifier,
-    tmp_path: Path,
+    of_six: Cam,
     new_trainer: Callable[[], pl.Trainer],
     data_of: Callable[..., pl.LightningDataModule],
 ) -> None:
-    torch.save(network.state_dict(), tmp_path / "six.pth")
-    maker = Cam("resnet18", weights=str(tmp_path / "six.pth"), scales=[1.0])
     said = r"weights: the network has 6 classes, the data's class list 2; .*data\.class_names"
     for _ in range(2):  # read from the file, and there already
         with pytest.raises(ConfigurationError, match=said):
-            getattr(new_trainer(), run)(maker, datamodule=data_of(("red", "green")))
+            getattr(new_trainer(), run)(of_six, datamodule=data_of(("red", "green")))
 
 
 def test_weights_of_the_datas_classes_are_taken(
-    network: ResNetClassifier,
-    tmp_path: Path,
+    of_six: Cam,
     new_trainer: Callable[[], pl.Trainer],
     data_of: Callable[..., pl.LightningDataModule],
 ) -> None:
-    torch.save(network.state_dict(), tmp_path / "six.pth")
-    maker = Cam("resnet18", weights=str(tmp_path / "six.pth"), scales=[1.0])
-    new_trainer().predict(maker, datamodule=data_of("abcdef"), return_predictions=False)
-    assert maker.network is not None
+    new_trainer().predict(of_six, datamodule=data_of("abcdef"), return_predictions=False)
+    assert of_six.network is not None

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from g4seg_pl.callbacks.run_record import Json
-from g4seg_pl.core.likelihood import paired_losses
 from g4seg_pl.core.loss import DenoisingLoss
+from g4seg_pl.core.paired_losses import paired_losses
 from g4seg_pl.core.resize import masks_to_working
 from g4seg_pl.lab.chain import ChainRunner, labels_of, make_batch
 from g4seg_pl.lab.controls import true_masks
