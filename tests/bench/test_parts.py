@@ -1,6 +1,7 @@
 """Each part at the tiny size, and the command around them."""
 
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -149,11 +150,22 @@ def test_resumed_run_is_timed_until_the_model_would_load(
 on_linux = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux")
 
 
+def fresh_memory(size: int) -> mmap.mmap:
+    """So many resident bytes that were not so before.
+
+    Of the system itself: memory of the heap may be what earlier tests have freed and left resident,
+    and then nothing grows.
+    """
+    held = mmap.mmap(-1, size)
+    held.write(b"\1" * size)
+    return held
+
+
 @on_linux
 def test_resident_memory_is_what_is_in_use() -> None:
     before = resident_bytes(os.getpid())
-    held = torch.ones(2**23)  # written to, so that it is resident
-    assert resident_bytes(os.getpid()) - before > 0.9 * held.nbytes
+    held = fresh_memory(2**25)
+    assert resident_bytes(os.getpid()) - before > 0.9 * len(held)
 
 
 @pytest.mark.slow
@@ -164,11 +176,11 @@ def test_memory_is_flat_and_a_leak_would_be_seen(
     many = replace(setting, memory_images=160)
     (row,) = memory(many)
     assert row.ok, row.detail
-    hoard: list[torch.Tensor] = []
+    hoard: list[mmap.mmap] = []
     save = MaskWriter.write_on_batch_end
 
     def leak(self: MaskWriter, *args: Any, **kwargs: Any) -> None:
-        hoard.append(torch.ones(2**18))  # 1 MiB a batch
+        hoard.append(fresh_memory(2**21))  # a batch
         save(self, *args, **kwargs)
 
     monkeypatch.setattr(MaskWriter, "write_on_batch_end", leak)
