@@ -15,7 +15,14 @@ from datamodules.base import SeedDataModule
 from datamodules.classes import ClassList, read_class_list, require_same_classes
 from datamodules.items import Item, check_unique, take_shard
 from datamodules.sampling import ProcessSampler, own_part
-from datamodules.training_items import MaskReader, TrainingImages, WholeImages, collate_whole
+from datamodules.training_items import (
+    CompactImages,
+    MaskReader,
+    TrainingImages,
+    WholeImages,
+    collate_compact,
+    collate_whole,
+)
 from g4seg_pl.segmentation.augmentation import Augmentation, Augmenter
 from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.segmentation.sampling import EpochSampler
@@ -28,6 +35,8 @@ class PseudoLabelDataModule(LightningDataModule):
 
     A training batch is `{"image": float (B, 3, S, S), "mask": long (B, S, S)}`, with `soft`, float
     `(B, C, S, S)`, if asked for; images are normalised by ImageNet's statistics, 255 is ignored.
+    Soft maps get this form on their way to the device; without a Trainer, pass each batch of
+    `train_dataloader` through `transfer_batch_to_device`.
     Validation and test batches have images at their own size and their `image_id`.
 
     Args:
@@ -164,9 +173,10 @@ class PseudoLabelDataModule(LightningDataModule):
             where = (trainer.world_size, trainer.global_rank)
             sampler = EpochSampler(images, self.seed, lambda: trainer.global_step, *where)
         return DataLoader(
-            images,
+            CompactImages(images),
             batch_size=self.batch_size,
             sampler=sampler,
+            collate_fn=collate_compact,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             # Its own, or starting an epoch would draw from the generator that dropout draws from.
@@ -174,6 +184,20 @@ class PseudoLabelDataModule(LightningDataModule):
             # A last batch of one picture would break batch norm.
             drop_last=len(sampler) >= self.batch_size,
         )
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Move a batch, and give its soft maps their place among all labels there.
+
+        Here, since ``(B, 81, S, S)`` of COCO would fill the memory that workers share; not after
+        the transfer, since that hook is where a user's own module augments.
+        """
+        moved: dict[str, Any] = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if "soft_planes" in moved:
+            labels = moved.pop("soft_labels")
+            moved["soft"] = self.training_images.place(labels, moved.pop("soft_planes"))
+        return moved
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Whole pictures with truth; no loader if there is no validation data."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from datamodules.classes import ClassList
@@ -24,7 +25,7 @@ from g4seg_pl.segmentation.augmentation import Augmenter
 from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.segmentation.normalisation import normalise
 from g4seg_pl.segmentation.sampling import Draw
-from g4seg_pl.segmentation.soft_targets import class_distribution, place_classes, reading_of
+from g4seg_pl.segmentation.soft_targets import class_distribution, place_labels, reading_of
 from g4seg_pl.types import IGNORE_INDEX, BadItemError, Seed
 
 
@@ -138,6 +139,13 @@ class TrainingImages(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Tensor]:
         """An item, by its index; augmented by the draw's seed, or anew each time without one."""
+        found = self.compact(draw)
+        if found.planes is None:
+            return found.item
+        return found.item | {"soft": self.place([found.labels], found.planes[None])[0]}
+
+    def compact(self, draw: Draw | int) -> "CompactItem":
+        """An item whose soft map has the planes of the image's own labels only."""
         index, seed = draw if isinstance(draw, tuple) else (draw, None)
         item = self.items[index]
         image = self.reader.image(item)
@@ -146,10 +154,66 @@ class TrainingImages(Dataset[dict[str, Tensor]]):
         soft = None if found is None else found[1].permute(1, 2, 0).contiguous().numpy()
         arrays = self.augmenter(image, mask, soft, seed)
         result = {"image": _image(arrays["image"]), "mask": _mask(arrays["mask"])}
-        if found is not None:
-            planes = torch.from_numpy(np.ascontiguousarray(arrays["soft"])).permute(2, 0, 1)
-            result["soft"] = place_classes(planes, found[0], len(self.reader.classes) + 1)
-        return result
+        if found is None:
+            return CompactItem(result)
+        planes = torch.from_numpy(np.ascontiguousarray(arrays["soft"])).permute(2, 0, 1)
+        return CompactItem(result, (0, *found[0]), planes.contiguous())
+
+    def place(self, labels: Sequence[tuple[int, ...]], planes: Tensor) -> Tensor:
+        """Soft maps of all labels, see `place_labels`."""
+        return place_labels(planes, labels, len(self.reader.classes) + 1)
+
+
+@dataclass(frozen=True)
+class CompactItem:
+    """What a worker sends: a few planes an image, where all labels of COCO are 81.
+
+    Attributes:
+        item: `image` and `mask`.
+        labels: label values of the planes, the background's first; empty without soft maps.
+        planes: float ``(K + 1, S, S)``, or None.
+    """
+
+    item: dict[str, Tensor]
+    labels: tuple[int, ...] = ()
+    planes: Tensor | None = None
+
+
+class CompactImages(Dataset[CompactItem]):
+    """Training images as a worker sends them, for `collate_compact`.
+
+    Args:
+        images: what to read.
+    """
+
+    def __init__(self, images: TrainingImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        """The number of items."""
+        return len(self.images)
+
+    def __getitem__(self, draw: Draw | int) -> CompactItem:
+        """An item, see `TrainingImages`."""
+        return self.images.compact(draw)
+
+
+def collate_compact(items: Sequence[CompactItem]) -> dict[str, Any]:
+    """Puts items into a batch.
+
+    Returns:
+        `image` and `mask`; with soft maps also `soft_planes`, float ``(B, K, S, S)`` for the
+        largest number K of labels, and `soft_labels`, the labels of each image's planes.
+    """
+    names = items[0].item
+    batch: dict[str, Any] = {
+        name: torch.stack([each.item[name] for each in items]) for name in names
+    }
+    planes = [each.planes for each in items if each.planes is not None]
+    if planes:
+        batch["soft_planes"] = pad_sequence(planes, batch_first=True)
+        batch["soft_labels"] = [each.labels for each in items]
+    return batch
 
 
 class WholeImages(Dataset[dict[str, Any]]):

@@ -4,6 +4,7 @@ The label file is the refiner's decision by a background rule; the distribution 
 most probable label is that decision, whichever of the rules made it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,19 +94,20 @@ def class_distribution(foreground: Tensor, reading: SoftReading) -> Tensor:
     return scores / scores.sum(0).clamp(min=SMALLEST)
 
 
-def place_classes(distribution: Tensor, class_ids: tuple[int, ...], num_labels: int) -> Tensor:
-    """Put the probabilities of an image's classes among those of all labels.
+def place_labels(planes: Tensor, labels: Sequence[Sequence[int]], num_labels: int) -> Tensor:
+    """Put the probabilities of the images' own labels among those of all labels.
 
     Args:
-        distribution: ``(K + 1, H, W)``, background first.
-        class_ids: label values of the K classes.
+        planes: ``(B, K, H, W)``; an image of fewer labels leaves its last planes unused.
+        labels: label values of each image's planes, K or fewer an image.
         num_labels: number of labels, background included.
 
     Returns:
-        ``(num_labels, H, W)``, zero for absent classes.
+        ``(B, num_labels, H, W)``, zero for absent labels.
     """
-    full = distribution.new_zeros(num_labels, *distribution.shape[1:])
-    full[[0, *class_ids]] = distribution
+    full = planes.new_zeros(len(planes), num_labels, *planes.shape[2:])
+    for target, source, values in zip(full, planes, labels, strict=True):
+        target[list(values)] = source[: len(values)]
     return full
 
 

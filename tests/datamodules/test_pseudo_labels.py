@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_voc import IDS, SIZES
+from fake_voc import CLASSES, IDS, SIZES
 from PIL import Image
 from segmentation.trees import data_module, label_file, write_tree
 
@@ -52,6 +52,19 @@ def test_without_augmentation_files_come_out_as_they_are(root: Path) -> None:
         # The most probable label of the soft map is the mask, and padding has no probability.
         assert torch.equal(item["soft"].argmax(0)[inside], item["mask"][inside])
         assert torch.allclose(item["soft"].sum(0), inside.float(), atol=1e-3)
+
+
+def test_workers_send_the_planes_of_the_images_own_labels(root: Path) -> None:
+    data = data_module(root, soft=True, batch_size=3)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    (batch,) = loader
+    assert batch["soft_planes"].shape == (3, 1 + max(map(len, CLASSES)), 32, 32)
+    moved = data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+    assert set(moved) == {"image", "mask", "soft"}
+    items = [data.training_images[draw] for draw in loader.sampler]
+    for name, tensor in moved.items():
+        assert torch.equal(tensor, torch.stack([item[name] for item in items]))
 
 
 def test_missing_masks_are_named(root: Path) -> None:

@@ -9,7 +9,7 @@ from g4seg_pl.core.background import PowerBackground, Threshold, compose_label
 from g4seg_pl.segmentation.soft_targets import (
     SoftReading,
     class_distribution,
-    place_classes,
+    place_labels,
     reading_of,
 )
 from g4seg_pl.types import ConfigurationError
@@ -52,9 +52,17 @@ def test_no_class_is_all_background() -> None:
 
 
 def test_classes_are_put_in_their_places() -> None:
-    placed = place_classes(torch.rand(3, 2, 2), (5, 2), 7)
-    assert placed.shape == (7, 2, 2)
-    assert [bool(plane.any()) for plane in placed] == [True, False, True, False, False, True, False]
+    planes = torch.rand(2, 3, 2, 2) + 1
+    labels = [(0, 5, 2), (0, 6)]
+    placed = place_labels(planes, labels, 7)
+    assert placed.shape == (2, 7, 2, 2)
+    for image in range(2):
+        for value in range(7):
+            plane = placed[image, value]
+            if value in labels[image]:
+                assert torch.equal(plane, planes[image, labels[image].index(value)])
+            else:
+                assert not plane.any()
 
 
 def record(rule: str, *changed_by: str) -> dict[str, object]:
