@@ -21,7 +21,7 @@ from g4seg_pl.callbacks.run_record import describe, write_text_atomically
 from g4seg_pl.callbacks.writer import MaskWriter, background_rule, json_text
 from g4seg_pl.cli_errors import one_sentence
 from g4seg_pl.run_scores import score_rows
-from g4seg_pl.types import ConfigurationError
+from g4seg_pl.types import ConfigurationError, UsageError
 
 TRAINER_DEFAULTS = {
     "logger": False,
@@ -116,7 +116,7 @@ def run_trainer(args: Sequence[str]) -> int:
         0, or 1 if an item failed.
 
     Raises:
-        ConfigurationError: the arguments cannot be understood.
+        UsageError: the arguments cannot be parsed.
     """
     _import_named_classes()
     # What Lightning tells about itself would bury what the run says.
@@ -129,7 +129,7 @@ def run_trainer(args: Sequence[str]) -> int:
         try:
             cli = _make_cli(args)
         except argparse.ArgumentError as error:
-            raise ConfigurationError(one_sentence(str(error))) from error
+            raise UsageError(one_sentence(str(error))) from error
     return _report_test(cli) if args[0] == "test" else _exit_status(cli)
 
 

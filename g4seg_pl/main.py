@@ -79,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit status: 0, or 1 if an item failed or the command could not run, or 2 if a command
-        is unknown or its arguments cannot be understood (1 of predict, test and train).
+        is unknown or its arguments cannot be parsed.
     """
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help"):
@@ -108,13 +108,13 @@ def _without_traceback(name: str, words: list[str]) -> int:
     try:
         return _run(name, words)
     except Exception as error:
-        from g4seg_pl.types import G4SegError
+        from g4seg_pl.types import G4SegError, UsageError
 
         about_a_file = isinstance(error, OSError) and error.filename is not None
         if not isinstance(error, G4SegError) and not about_a_file:
             raise
         print(f"g4seg {name}: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def _run(name: str, words: list[str]) -> int:

@@ -20,6 +20,10 @@ class ConfigurationError(G4SegError, ValueError):
     """The run as configured cannot work; raised before any model is loaded."""
 
 
+class UsageError(ConfigurationError):
+    """Arguments of a command cannot be parsed; its exit status is 2, as everywhere."""
+
+
 def check_counts(least: int, **given: int) -> None:
     """Refuse numbers below the least that can work.
 

@@ -93,37 +93,43 @@ CONFIGURATIONS = {
 }
 
 
+REFUSED = [
+    (["--model.model", "nowhere"], "nowhere"),
+    (["--data.root", "missing"], "missing"),
+    (["--data.root", ".", "--out", "unreadable.yaml"], "out: unreadable.yaml is a file"),
+    (["--data.split", "holdout"], "holdout"),
+    (["--model.update.beta", "2"], "beta"),
+    (["--model.prompt_template", "A photo"], "prompt_template"),
+    (["--model.working_size", "500"], "working_size is 500: give a multiple of 8"),
+]
+UNPARSED = [
+    (["--no.such", "1"], "no option --no.such"),
+    (["--model.seeed", "1"], "G4SegModule has no argument 'seeed'; did you mean seed?"),
+    (["--model.update.betta", "1"], "Correspondence has no argument 'betta'"),
+    (["--data.splitt", "x"], "VOCDataModule has no argument 'splitt'; did you mean split?"),
+    (["--trainer.devicez", "2"], "did you mean --trainer.devices?"),
+    (["--model.seed", "abc"], "model.seed is 'abc': give a value of type int"),
+    (["--data.orientation", "up"], "data.orientation is 'up': give one of 'stored', 'exif'"),
+    (["--data.dialect", "x"], "data.dialect is 'x': give one of 'clip_es'"),
+    (["--model.features", "Nope"], "model.features is 'Nope': no such class"),
+    (["-c", "misspelt_section.yaml"], "no section 'modle'; did you mean model?"),
+    (["-c", "misspelt_key.yaml"], "has no argument 'timestp'; did you mean timestep?"),
+    (["-c", "unreadable.yaml"], "line 3"),
+    (["-c", "missing.yaml"], "missing.yaml"),
+    (["stray"], "cannot place 'stray'"),
+]
+
+
 @pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--model.model", "nowhere"], "nowhere"),
-        (["--data.root", "missing"], "missing"),
-        (["--data.root", ".", "--out", "unreadable.yaml"], "out: unreadable.yaml is a file"),
-        (["--data.split", "holdout"], "holdout"),
-        (["--model.update.beta", "2"], "beta"),
-        (["--model.prompt_template", "A photo"], "prompt_template"),
-        (["--no.such", "1"], "no option --no.such"),
-        (["--model.seeed", "1"], "G4SegModule has no argument 'seeed'; did you mean seed?"),
-        (["--model.update.betta", "1"], "Correspondence has no argument 'betta'"),
-        (["--data.splitt", "x"], "VOCDataModule has no argument 'splitt'; did you mean split?"),
-        (["--trainer.devicez", "2"], "did you mean --trainer.devices?"),
-        (["--model.working_size", "500"], "working_size is 500: give a multiple of 8"),
-        (["--model.seed", "abc"], "model.seed is 'abc': give a value of type int"),
-        (["--data.orientation", "up"], "data.orientation is 'up': give one of 'stored', 'exif'"),
-        (["--data.dialect", "x"], "data.dialect is 'x': give one of 'clip_es'"),
-        (["--model.features", "Nope"], "model.features is 'Nope': no such class"),
-        (["-c", "misspelt_section.yaml"], "no section 'modle'; did you mean model?"),
-        (["-c", "misspelt_key.yaml"], "has no argument 'timestp'; did you mean timestep?"),
-        (["-c", "unreadable.yaml"], "line 3"),
-        (["-c", "missing.yaml"], "missing.yaml"),
-        (["stray"], "cannot place 'stray'"),
-    ],
+    ("status", "more", "said"),
+    [*((1, *each) for each in REFUSED), *((2, *each) for each in UNPARSED)],
 )
 def test_configuration_error_stops_before_a_model_is_loaded(
     tmp_path: Path,
     sd1_folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    status: int,
     more: list[str],
     said: str,
 ) -> None:
@@ -134,7 +140,7 @@ def test_configuration_error_stops_before_a_model_is_loaded(
     for name, text in CONFIGURATIONS.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert main(words("predict", sd1_folder, "out", *more)) == 1
+    assert main(words("predict", sd1_folder, "out", *more)) == status
     (line,) = capsys.readouterr().err.splitlines()  # no traceback, no "Loading weights"
     assert line.startswith("g4seg predict: error: ")
     assert said in line

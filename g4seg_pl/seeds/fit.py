@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from g4seg_pl.callbacks.run_record import write_text_atomically
 from g4seg_pl.cli_errors import one_sentence
-from g4seg_pl.types import ConfigurationError
+from g4seg_pl.types import ConfigurationError, UsageError
 
 CHECKPOINT = "classifier"
 
@@ -88,7 +88,8 @@ def main(args: Sequence[str]) -> int:
         0, or 1 if an image could not be read.
 
     Raises:
-        ConfigurationError: the arguments cannot be understood, or the run cannot begin.
+        UsageError: the arguments cannot be parsed.
+        ConfigurationError: the run cannot begin.
     """
     import datamodules
 
@@ -106,7 +107,7 @@ def main(args: Sequence[str]) -> int:
         try:
             cli = _make_cli(args)
         except argparse.ArgumentError as error:
-            raise ConfigurationError(one_sentence(str(error))) from error
+            raise UsageError(one_sentence(str(error))) from error
     if not cli.trainer.is_global_zero:
         return 0
     failed: dict[str, str] = getattr(cli.model, "failed", {})

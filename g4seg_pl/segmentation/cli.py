@@ -17,7 +17,7 @@ from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.cli_errors import one_sentence
 from g4seg_pl.segmentation.module import SegmentationModule
 from g4seg_pl.segmentation.pictures import PictureLogger, batch_picture
-from g4seg_pl.types import ConfigurationError, G4SegError
+from g4seg_pl.types import ConfigurationError, G4SegError, UsageError
 
 COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: train_seg.py {fit,validate,test,predict,show} [-c FILE ...] [arguments]
@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the subcommand and its arguments; those of the process if None.
 
     Returns:
-        0; 1 if something asked for cannot be done, or an argument cannot be understood; 2 if there
-        is no such subcommand.
+        0; 1 if something asked for cannot be done; 2 if there is no such subcommand, or its
+        arguments cannot be parsed.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in (*COMMANDS, "show"):
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(words)
     except G4SegError as error:
         print(f"train {words[0]}: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 
@@ -162,7 +162,7 @@ def run(words: Sequence[str]) -> SegmentationCLI:
                 return show(words[1:])
             return make_cli(words)
         except argparse.ArgumentError as error:
-            raise ConfigurationError(one_sentence(str(error))) from error
+            raise UsageError(one_sentence(str(error))) from error
 
 
 def show(words: Sequence[str]) -> SegmentationCLI:

@@ -77,17 +77,21 @@ def test_images_that_cannot_be_read_are_named(
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("status", "more", "said"),
     [
-        (["--model.arch", "x"], "Cam has no argument 'arch'"),
-        (["--data.root", "missing"], "missing"),
-        (["--no.such", "1"], "no option"),
+        (2, ["--model.arch", "x"], "Cam has no argument 'arch'"),
+        (1, ["--data.root", "missing"], "missing"),
+        (2, ["--no.such", "1"], "no option"),
     ],
 )
 def test_errors_are_one_sentence(
-    words: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    status: int,
+    more: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert fit(words, *more) == 1
+    assert fit(words, *more) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("g4seg fit: error: ")
     assert said in line
