@@ -111,7 +111,10 @@ def read(
     maps = _activate(maps, options.activation)
     kept = ids > 0
     if labels is None:
-        kept &= maps.max(axis=(1, 2), initial=0.0) >= options.present_at
+        shown = maps.max(axis=(1, 2), initial=0.0) >= options.present_at
+        if 0 in ids:
+            shown[np.unique(maps.argmax(axis=0))] = True
+        kept &= shown
     dialect: Dialect = "npz" if path.suffix.lower() == ".npz" else "npy"
     return SeedMaps(dialect, tuple(int(number) for number in ids[kept]), maps[kept], plain=True)
 

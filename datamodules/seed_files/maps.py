@@ -28,6 +28,7 @@ COCO_CATEGORY_IDS = tuple(
     number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 )
 """COCO numbers its 80 things from 1 to 90 with holes; the n-th of these is label value n."""
+COCO_CLASSES = len(COCO_CATEGORY_IDS)
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ class ReadOptions:
             on). 255 stays "ignored".
         ignored_score: score, for every class of the image, of a pixel labelled 255.
         present_at: where nothing says which classes are in the image, those whose highest score
-            reaches this are taken.
+            reaches this are taken, and those that are the best of all somewhere if the file has
+            the background among them.
         category_ids: `coco91` if class ids are COCO's category ids (1 to 90) and not label
-            values (1 to 80). COCO JSON without category names needs it said.
+            values (1 to 80). COCO JSON without category names needs it said, and so do WeakTr's
+            files where the class list has 80 classes.
         empty: what a seed without any class, or with a map that is nowhere above 0, is: `refuse`
             takes it for a mistake; `keep` for an image, or a class, of which nothing was found, as
             open-vocabulary seeds have them. Their pixels are background and count in scores.

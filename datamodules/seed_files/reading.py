@@ -14,6 +14,7 @@ from datamodules.images import check_size
 from datamodules.npy import read_npy, read_npz
 from datamodules.seed_files import arrays, clip_es, diffsegmenter_mat, irn, label_png, seam
 from datamodules.seed_files.maps import (
+    COCO_CLASSES,
     Dialect,
     Empty,
     ReadOptions,
@@ -114,6 +115,11 @@ def read_maps(
     if dialect == "auto":
         dialect = _detect(content, path)
     maps = _read(content, path, dialect, classes, labels, options)
+    if maps.dialect == "weaktr" and classes == COCO_CLASSES and options.category_ids is None:
+        problem = (
+            "its class ids may be COCO's category ids (WeakTr's own) or label values (g4seg's)"
+        )
+        raise bad_item(path, problem, "Say which by category_ids=coco91 or category_ids=contiguous")
     if options.category_ids == "coco91":
         maps = replace(maps, class_ids=to_contiguous(maps.class_ids, path))
     check_classes(maps, path, classes, options.empty)

@@ -37,8 +37,9 @@ class CRFSettings:
         bilateral_colour: of the appearance kernel in colour, 0-255.
         bilateral_weight: of the appearance kernel (compat).
         iterations: of mean-field inference.
-        unary: ``softmax`` takes -log of the probabilities; ``labels`` takes the most probable
-            label as right with probability ``label_confidence``.
+        unary: ``softmax`` takes -log of the probabilities; ``scores`` takes -log of a softmax over
+            them, as if they were logits, which makes for a far weaker unary; ``labels`` takes the
+            most probable label as right with probability ``label_confidence``.
         label_confidence: see ``unary``; in (0, 1).
     """
 
@@ -48,7 +49,7 @@ class CRFSettings:
     bilateral_colour: float = 3.0
     bilateral_weight: float = 4.0
     iterations: int = 10
-    unary: Literal["softmax", "labels"] = "softmax"
+    unary: Literal["softmax", "scores", "labels"] = "softmax"
     label_confidence: float = 0.7
 
     def scaled(self, factor: float) -> "CRFSettings":
@@ -66,8 +67,8 @@ def preset(name: Preset) -> CRFSettings:
     Args:
         name: ``clip_es`` (also WeakTr's online COCO run), ``more`` (MoRe's pseudo-labels: the
             same numbers), ``irn``, ``seam`` (also PSA and the usual pydensecrf default),
-            ``mctformer``, ``weaktr`` (the same numbers on labels), ``weaktr_online``, ``toco``,
-            ``toco_seg`` (its segmentation evaluation), ``afa``.
+            ``mctformer``, ``weaktr`` (the same numbers on labels), ``weaktr_online``, ``toco``
+            (on scores), ``toco_seg`` (its segmentation evaluation), ``afa``.
 
     Returns:
         settings made for VOC-sized pictures; see :meth:`CRFSettings.scaled`.
@@ -86,7 +87,7 @@ def preset(name: Preset) -> CRFSettings:
         case "weaktr_online":
             return CRFSettings(3, 3, 83, 5, 3)
         case "toco":
-            return CRFSettings(3, 3, 36, 3, 4)
+            return CRFSettings(3, 3, 36, 3, 4, unary="scores")
         case "toco_seg":
             return CRFSettings(1, 1, 121, 5, 4)
         case "afa":
@@ -158,4 +159,6 @@ def _unary(crf: Any, probabilities: NDArray[Any], settings: CRFSettings) -> NDAr
         )
         return np.ascontiguousarray(energies, np.float32)
     flat = probabilities.reshape(labels, -1).astype(np.float32)
+    if settings.unary == "scores":
+        flat = np.exp(flat) / np.exp(flat).sum(axis=0)
     return np.ascontiguousarray(-np.log(np.clip(flat, SMALLEST_PROBABILITY, 1.0)))

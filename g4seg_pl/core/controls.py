@@ -93,11 +93,13 @@ class FeatureAffinity(Propagation):
 
 @dataclass(frozen=True)
 class RandomWalk:
-    """IRN's random walk (Ahn et al. 2019) over neighbours that no edge of the image parts.
+    """A random walk in IRN's manner (Ahn et al. 2019), over neighbours that no edge parts.
 
     The affinity of two cells within the radius is (1 - the strongest edge on the line between
     them)^β; masks take 2^doublings steps of the walk it defines. The edges are those of the
-    image's colours, where IRN learns them.
+    image's colours, where IRN learns them. IRN also leaves out neighbours at the radius itself,
+    looks at every cell less than one cell from the line, takes 2^8 steps, spares edges, and
+    divides all classes by one maximum.
 
     Attributes:
         size: shorter side of the grid; None takes the latent's.

@@ -69,14 +69,19 @@ def embed_patches(
         images: in [-1, 1], sides multiples of the patch.
         interpolation: of the position embeddings where the grid is not the trained one.
     """
-    mean = getattr(visual, "image_mean", None) or CLIP_MEAN
-    std = getattr(visual, "image_std", None) or CLIP_STD
-    patches = visual.conv1(normalise(images, mean, std).to(visual.conv1.weight))
+    images = normalise(images, *image_statistics(visual))
+    patches = visual.conv1(images.to(visual.conv1.weight))
     grid = (int(patches.shape[2]), int(patches.shape[3]))
     first = visual.class_embedding.to(patches).expand(len(patches), 1, -1)
     positions = grid_positions(visual.positional_embedding, visual.grid_size, grid, interpolation)
     tokens = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
     return visual.ln_pre(tokens + positions.to(patches)), grid
+
+
+def image_statistics(visual: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """Return mean and deviation, for [0, 1], that a vision transformer was trained with."""
+    mean = getattr(visual, "image_mean", None) or CLIP_MEAN
+    return mean, getattr(visual, "image_std", None) or CLIP_STD
 
 
 def grid_positions(

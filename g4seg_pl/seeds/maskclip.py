@@ -5,8 +5,9 @@ Zhou et al., ECCV 2022; the facts are those of chongzhou96/MaskCLIP @245d31f
 
 - layer: the last block with its attention replaced by the identity (every patch attends to
   itself only), residual and perceptron kept, then the final norm and the projection;
-- size: shorter side 520 (Context) or 512 (VOC), longer side at most 2048, padded at the bottom
-  and right to whole patches with the mean colour; position embeddings bicubic;
+- size: shorter side 512, longer at most 2048 (VOC), or longer side 520 (Context), padded at the
+  bottom and right to whole patches with the mean colour; position embeddings bicubic;
+- normalisation: ImageNet's mean and deviation, not those CLIP was trained with;
 - score: cosine with the texts, times 100 where a softmax is taken;
 - key smoothing and prompt denoising are off (0) unless asked for (1.0 and 0.5 there).
 
@@ -15,7 +16,8 @@ The public code averages 85 prompts: the 80 of CLIP's ImageNet, which are the de
 ``this is the {} in the scene.``, ``this is one {} in the scene.``; ``templates`` takes all of them.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -24,15 +26,17 @@ from torch.nn import functional
 
 from g4seg_pl.core.background import PowerBackground, Threshold
 from g4seg_pl.core.resize import resize_maps
-from g4seg_pl.features.base import CLIP_MEAN
+from g4seg_pl.features.base import normalise
 from g4seg_pl.seeds.base import keep_ratio, resize_bilinear
 from g4seg_pl.seeds.clip_model import (
     Interpolation,
     finish_block,
+    image_statistics,
     last_block_input,
     project_tokens,
     projections,
 )
+from g4seg_pl.seeds.groupvit import IMAGENET_MEAN, IMAGENET_STD
 from g4seg_pl.seeds.open_vocabulary import OpenVocabularyClip
 from g4seg_pl.seeds.vocabulary import Vocabulary, label_scores
 from g4seg_pl.types import Sample
@@ -105,6 +109,9 @@ class MaskClip(OpenVocabularyClip):
         background_words: names of the background; if there are none, ``background`` decides.
         templates: of all texts, each with one ``{}``; the 80 of CLIP's ImageNet if None.
         short_side: the image is scaled to it, in pixels; None takes the image as it is.
+        long_side: bound of the other side, where ``short_side`` is given.
+        statistics: mean and deviation that pixels are normalised by: the model's own, or
+            ImageNet's as in the public code.
         key_smoothing: 0 is off; 1.0 smooths every patch.
         prompt_denoising: 0 is off; 0.5 in the paper.
         probability_threshold: a pixel whose best score is below it is background.
@@ -119,7 +126,9 @@ class MaskClip(OpenVocabularyClip):
         class_names: list[list[str]] | None = None,
         background_words: list[str] | None = None,
         templates: list[str] | None = None,
-        short_side: int | None = 520,
+        short_side: int | None = 512,
+        long_side: int = 2048,
+        statistics: Literal["model", "imagenet"] = "model",
         key_smoothing: float = 0.0,
         prompt_denoising: float = 0.0,
         probability_threshold: float = 0.0,
@@ -136,15 +145,22 @@ class MaskClip(OpenVocabularyClip):
             area_threshold,
             background,
         )
-        self.short_side = short_side
+        self.short_side, self.long_side = short_side, long_side
+        self.statistics = statistics
         self.key_smoothing, self.prompt_denoising = key_smoothing, prompt_denoising
 
     def scores(self, sample: Sample, texts: Tensor, names: Vocabulary) -> Float[Tensor, "c H W"]:
         """Return probabilities of each label value at native size."""
         native = (sample.image.shape[1], sample.image.shape[2])
-        size = native if self.short_side is None else keep_ratio(native, self.short_side)
-        image = pad_to_patches(resize_bilinear(sample.image, size), self.clip.visual.patch_size)
-        features, keys = value_features(self.clip.visual, image.to(self.device))
+        size = native
+        if self.short_side is not None:
+            size = keep_ratio(native, self.short_side, self.long_side)
+        visual = self.clip.visual
+        image = resize_bilinear(sample.image, size)
+        if self.statistics == "imagenet":
+            image = as_normalised_by(image, IMAGENET_MEAN, IMAGENET_STD, visual)
+        image = pad_to_patches(image, visual.patch_size, image_statistics(visual)[0])
+        features, keys = value_features(visual, image.to(self.device))
         smoothing, denoising = self.key_smoothing, self.prompt_denoising
         scores = mask_clip_scores(features.float(), keys.float(), texts, smoothing, denoising)
         maps = resize_maps(resize_maps(scores[0], size), native)
@@ -154,11 +170,26 @@ class MaskClip(OpenVocabularyClip):
         return label_scores(maps, names, 1.0 if smoothing > 0 else SOFTMAX_SCALE)
 
 
+def as_normalised_by(
+    image: Float[Tensor, "1 3 H W"], mean: Sequence[float], std: Sequence[float], visual: Any
+) -> Float[Tensor, "1 3 H W"]:
+    """Return the image that a model's own normalisation turns into one by another mean and std.
+
+    Args:
+        image: in [-1, 1]; the result may leave that range.
+        mean: of the normalisation wanted, for [0, 1].
+        std: the same.
+        visual: open_clip's vision transformer, which normalises by its own.
+    """
+    own_mean, own_std = (image.new_tensor(each)[:, None, None] for each in image_statistics(visual))
+    return 2 * (normalise(image, mean, std) * own_std + own_mean) - 1
+
+
 def pad_to_patches(
-    image: Float[Tensor, "1 3 H W"], patch: tuple[int, int]
+    image: Float[Tensor, "1 3 H W"], patch: tuple[int, int], mean: Sequence[float]
 ) -> Float[Tensor, "1 3 h w"]:
-    """Return an image in [-1, 1] continued at the bottom and right by CLIP's mean colour."""
+    """Return an image in [-1, 1] continued at the bottom and right by the mean colour of [0, 1]."""
     height, width = image.shape[2:]
     rows, columns = -height % patch[0], -width % patch[1]
-    colour = image.new_tensor(CLIP_MEAN)[:, None, None] * 2 - 1
+    colour = image.new_tensor(mean)[:, None, None] * 2 - 1
     return functional.pad(image - colour, (0, columns, 0, rows)) + colour

@@ -27,7 +27,7 @@ PUBLISHED: dict[str, tuple[float, float, float, float, float, str]] = {
     "mctformer": (4, 3, 83, 5, 3, "softmax"),
     "weaktr": (4, 3, 83, 5, 3, "labels"),
     "weaktr_online": (3, 3, 83, 5, 3, "softmax"),
-    "toco": (3, 3, 36, 3, 4, "softmax"),
+    "toco": (3, 3, 36, 3, 4, "scores"),
     "toco_seg": (1, 1, 121, 5, 4, "softmax"),
     "afa": (3, 3, 64, 5, 4, "softmax"),
 }
@@ -94,6 +94,25 @@ def test_labels_are_right_with_the_confidence_given() -> None:
         expected = np.where(won, confidence, (1 - confidence) / 2)
         np.testing.assert_allclose(found, expected, atol=1e-5)
     assert preset("irn").label_confidence == 0.7
+
+
+def test_preset_that_takes_scores_is_tocos_own_unary() -> None:
+    """Against pydensecrf itself, called as ToCo's `crf_inference_infer` is on a softmax."""
+    import pydensecrf.densecrf as field
+    from pydensecrf.utils import unary_from_softmax
+    from scipy.special import softmax
+
+    image, probabilities = two_halves()
+    settings = preset("toco").scaled(0.1)
+    crf = field.DenseCRF2D(32, 24, 2)
+    crf.setUnaryEnergy(np.ascontiguousarray(unary_from_softmax(softmax(probabilities, axis=0))))
+    crf.addPairwiseGaussian(sxy=settings.gaussian_width, compat=3)
+    crf.addPairwiseBilateral(sxy=settings.bilateral_width, srgb=3, rgbim=image, compat=4)
+    expected = np.array(crf.inference(10)).reshape(2, 24, 32)
+    np.testing.assert_allclose(dense_crf(image, probabilities, settings), expected, atol=1e-5)
+    alone = replace(settings, gaussian_weight=0, bilateral_weight=0)
+    unsmoothed = dense_crf(image, probabilities, alone)
+    np.testing.assert_allclose(unsmoothed, softmax(probabilities, axis=0), atol=1e-5)
 
 
 def test_preset_that_takes_labels_sees_only_who_wins() -> None:

@@ -28,6 +28,7 @@ from seed_dialects import (
     with_background,
 )
 
+from datamodules.classes import read_class_list
 from datamodules.seed_files import (
     ReadOptions,
     detect,
@@ -162,6 +163,31 @@ def test_ambiguous_channels_are_an_error_until_said(maps: Maps, tmp_path: Path) 
     np.testing.assert_array_equal(said.scores[0].numpy(), maps[1])
     background = ReadOptions(channels="background+present")
     assert read_seed(path, SIZE, 2, labels=(1,), options=background).class_ids == (1,)
+
+
+def test_classes_that_win_somewhere_are_kept_where_there_is_a_background(tmp_path: Path) -> None:
+    scores = np.full((4, *SIZE), 0.1, np.float32)
+    scores[0], scores[2, :3], scores[3] = 0.4, 0.45, 0.3
+    path = save(tmp_path / "a.npy", scores)
+    assert read_maps(path, 3, options=ReadOptions(channels="background+all")).class_ids == (2,)
+    every = ReadOptions(channels="background+all", present_at=0.3)
+    assert read_maps(path, 3, options=every).class_ids == (2, 3)
+    # Without a background every pixel has a winner, which says nothing.
+    alone = save(tmp_path / "b.npy", scores[1:])
+    assert read_maps(alone, 3, options=ReadOptions(channels="all", empty="keep")).class_ids == ()
+
+
+def test_weaktrs_keys_of_coco_are_not_guessed(tmp_path: Path) -> None:
+    prob = np.full((3, *SIZE), 1 / 3, np.float32)
+    path = tmp_path / "a.npy"
+    np.save(path, {"prob": prob, "keys": np.array([0, 17, 62])}, allow_pickle=True)  # type: ignore[arg-type]
+    with pytest.raises(BadItemError, match="category_ids=coco91"):
+        read_seed(path, SIZE, 80)
+    names = read_class_list("coco").names
+    said = read_seed(path, SIZE, 80, options=ReadOptions(category_ids="coco91"))
+    assert [names[each - 1] for each in said.class_ids] == ["cat", "chair"]
+    ours = read_seed(path, SIZE, 80, options=ReadOptions(category_ids="contiguous"))
+    assert ours.class_ids == (17, 62)
 
 
 @given(

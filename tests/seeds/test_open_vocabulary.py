@@ -1,6 +1,7 @@
 """MaskCLIP and SCLIP against explicit loops over heads, pixels and names."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,14 @@ from torch.nn import functional
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.features.base import CLIP_MEAN, CLIP_STD, normalise
 from g4seg_pl.seeds.base import keep_ratio, resize_bilinear
-from g4seg_pl.seeds.maskclip import MaskClip, mask_clip_scores, pad_to_patches, value_features
+from g4seg_pl.seeds.clip_model import image_statistics
+from g4seg_pl.seeds.maskclip import (
+    MaskClip,
+    as_normalised_by,
+    mask_clip_scores,
+    pad_to_patches,
+    value_features,
+)
 from g4seg_pl.seeds.open_vocabulary import imagenet_templates
 from g4seg_pl.seeds.sclip import Sclip, sclip_cosines, sclip_maps
 from g4seg_pl.seeds.vocabulary import (
@@ -166,15 +174,29 @@ def test_key_smoothing_and_prompt_denoising_by_hand() -> None:
     assert torch.allclose(smooth[~unsure], probabilities.T[~unsure], atol=1e-6)
 
 
-def test_padding_is_nought_after_normalisation() -> None:
-    padded = pad_to_patches(torch.rand(1, 3, 10, 16), (8, 8))
+@pytest.mark.parametrize("mean", [CLIP_MEAN, (0.5, 0.5, 0.5)])
+def test_padding_is_nought_after_normalisation(mean: tuple[float, float, float]) -> None:
+    padded = pad_to_patches(torch.rand(1, 3, 10, 16), (8, 8), mean)
     assert padded.shape == (1, 3, 16, 16)
-    assert normalise(padded, CLIP_MEAN, CLIP_STD)[:, :, 10:].abs().max() < 1e-5
+    assert normalise(padded, mean, CLIP_STD)[:, :, 10:].abs().max() < 1e-5
+
+
+def test_a_model_sees_pixels_by_the_statistics_that_are_asked_for() -> None:
+    image = torch.rand(1, 3, 8, 8) * 2 - 1
+    visual = SimpleNamespace(image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.1))
+    changed = as_normalised_by(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), visual)
+    seen = normalise(changed, *image_statistics(visual))
+    grey = (image + 1) * 127.5
+    expected = (grey - torch.tensor([123.675, 116.28, 103.53])[:, None, None]) / torch.tensor(
+        [58.395, 57.12, 57.375]
+    )[:, None, None]
+    assert torch.allclose(seen, expected, atol=1e-5)
 
 
 def test_sizes_keep_the_ratio_within_both_bounds() -> None:
     assert keep_ratio((375, 500), 336) == (336, 448)
     assert keep_ratio((100, 2000), 336) == (102, 2048)
+    assert keep_ratio((375, 500), 520, 520) == (390, 520)  # MaskCLIP on Context
     picture = torch.randint(0, 256, (3, 10, 12), dtype=torch.uint8)
     grown = (resize_bilinear(picture, (20, 24)) + 1) * 127.5
     assert torch.allclose(grown, grown.round(), atol=1e-4)
@@ -188,6 +210,9 @@ def test_there_are_eighty_templates() -> None:
 
 MAKERS = [
     lambda folder, **more: MaskClip(folder, short_side=40, **more),
+    lambda folder, **more: MaskClip(
+        folder, short_side=40, long_side=44, statistics="imagenet", **more
+    ),
     lambda folder, **more: MaskClip(folder, short_side=40, key_smoothing=1.0, **more),
     lambda folder, **more: Sclip(folder, short_side=40, crop=32, stride=16, **more),
 ]
