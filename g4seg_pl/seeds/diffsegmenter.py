@@ -11,12 +11,12 @@ Wang et al., TIP 2025; the facts are those of VCG-team/DiffSegmenter @b3a8686
 - times the finest self-attention of the same pass, averaged over heads and layers, once;
 - normalisation: each class by its minimum and maximum at native size.
 
-The name's tokens are emphasised by 1.21 (``++`` of compel): moved that much further from the
-empty prompt's embedding. Names are the class list's: where the public code says plane, buses,
-table, people, plant and monitor of VOC, give it a list of those. The public code draws the latent from its posterior and the noise from
-the global generator, takes one token of most names, and adds a caption by BLIP; here the latent
-is the posterior's mode, the noise comes from the image's name, all tokens of the name count, and
-the prompt is the template alone.
+The name's tokens are emphasised by 1.21 (``++`` of compel): moved that much further from the empty
+prompt's embedding. Names are the class list's: where the public code says plane, buses, table,
+people, plant and monitor of VOC, give it a list of those. The public code draws the latent from its
+posterior and the noise from the global generator, takes one token of most names, and adds a caption
+by BLIP; here the latent is the posterior's mode, the noise comes from the image's name, all tokens
+of the name count, and the prompt is the template alone.
 """
 
 from collections.abc import Sequence
