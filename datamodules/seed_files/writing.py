@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -46,7 +47,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> int:
         The number of bytes written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Of fixed length: an id may be as long as a name may be.
+    short = blake2b(path.name.encode(), digest_size=8).hexdigest()
+    temporary = path.with_name(f".{short}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             write(stream)

@@ -179,6 +179,12 @@ def test_an_image_size_that_is_none_is_named(size: object, maps: Maps, tmp_path:
         read_seed(tmp_path / "a.npz", SIZE, CLASSES)
 
 
+def test_a_name_may_be_as_long_as_the_file_system_has_them(maps: Maps, tmp_path: Path) -> None:
+    path = tmp_path / f"{'a' * 251}.npz"
+    write_seed(path, IDS, maps, "npz")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="classes"):
         write_seed(tmp_path / "a.npy", IDS, np.ones((2, 3, 3), np.float32), "npy")
