@@ -21,6 +21,7 @@ from g4seg_pl.evaluation.boundary import trimap
 from g4seg_pl.evaluation.confusion import confusion_matrix, mean_overlap, overlaps_of
 from g4seg_pl.features.open_clip import OpenClipFeatures
 from g4seg_pl.features.vae import VAEFeatures
+from g4seg_pl.lab import cache
 from g4seg_pl.lab.cache import Store, hash_of_files, key_of
 from g4seg_pl.lab.controls import WithFeatures
 from g4seg_pl.lab.laboratory import Lab
@@ -91,6 +92,37 @@ def test_a_source_without_a_readable_image_is_named(
     monkeypatch.setattr(SceneSource, "samples", lambda *_: [])
     with pytest.raises(ConfigurationError, match="no image of degraded could be read"):
         runner.run(WAYS, scenes(runner), RULE)
+
+
+def test_results_of_other_code_are_told_of_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        Store(tmp_path).save("runs", number, {"found": np.array(number)})
+    assert Store(tmp_path).load("runs", 0) == {"found": 0}
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(cache, "code_identity", lambda: "other")
+    later = Store(tmp_path)
+    for number in range(2):
+        assert later.load("runs", number) == {"found": number}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another version of the code" in line
+
+
+def test_comments_and_docstrings_are_no_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "core").mkdir()
+    monkeypatch.setattr(cache, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(cache, "_DETERMINING", ("core",))
+
+    def identity(text: str) -> str:
+        (tmp_path / "core" / "a.py").write_text(text)
+        return cache.code_identity.__wrapped__()
+
+    plain = identity("def f(x):\n    return x + 1\n")
+    assert identity('"""A."""\ndef f(x):\n    """B."""\n    return x + 1  # c\n') == plain
+    assert identity("def f(x):\n    return x - 1\n") != plain
 
 
 def test_files_behind_links_count(tmp_path: Path) -> None:
