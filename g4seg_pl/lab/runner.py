@@ -18,7 +18,7 @@ from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.lab.cache import Store, key_of
 from g4seg_pl.lab.chain import ChainRunner, State, labels_of, make_batch
 from g4seg_pl.lab.models import Models
-from g4seg_pl.lab.scores import Scores, join, score_image
+from g4seg_pl.lab.scores import THRESHOLDS, Scores, join, score_image
 from g4seg_pl.lab.sources import Source
 from g4seg_pl.lab.stages import Batch, Masks, ReadsFiles, Way
 from g4seg_pl.types import ConfigurationError, Sample
@@ -148,7 +148,7 @@ class Runner:
             "background": repr(background),
             "noise_seed": noise_seed,
             "models": self.models.identity(self.features),
-            "curve": curve,
+            "curve": THRESHOLDS if curve else False,
         }
 
     def _complete(

@@ -12,7 +12,11 @@ from g4seg_pl.evaluation.confusion import Counts, confusion_matrix, mean_overlap
 from g4seg_pl.evaluation.soft import threshold_counts
 
 TRIMAP_WIDTHS = (1, 2, 4, 8)
-THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+# Finer at the end: a sharp softmax, as MaskCLIP's, has most of its pixels there.
+THRESHOLDS = (
+    *(round(0.05 * step, 2) for step in range(1, 20)),
+    *(0.97, 0.98, 0.99, 0.995, 0.998, 0.999),
+)
 Integers = NDArray[np.int64]
 _COUNTED = ("overlaps", "bands", "trimaps", "curve")
 

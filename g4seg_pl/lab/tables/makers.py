@@ -11,7 +11,7 @@ from g4seg_pl.lab.cam_weights import CamRecipe, cam_weights
 from g4seg_pl.lab.chooser import LEAVES_PROBABILITIES, best_threshold
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.makers import LOWEST, MAKERS, MadeSource, MakerName
-from g4seg_pl.lab.scores import Scores, pooled
+from g4seg_pl.lab.scores import THRESHOLDS, Scores, pooled
 from g4seg_pl.lab.sources import SeedKind
 from g4seg_pl.lab.stages import DenseCRF, Way
 from g4seg_pl.lab.table import Cell, Table, line_row
@@ -28,18 +28,20 @@ LABELS: dict[MakerName, str] = {
 # Whose settings the refiners have; the other makers' seeds are like Grad-CAM's.
 SETTINGS: dict[MakerName, SeedKind] = {"diffsegmenter": "cross_attention"}
 # What the background may enter a dense CRF with; None is the seeds' own rule.
-CRF_BACKGROUNDS = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+CRF_BACKGROUNDS = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 SEPARATOR = ", background "
 VALIDATION_SCENES = 64
 NOTE = (
     "Seeds are those of `g4seg predict -c configs/seeds/<maker>.yaml -c "
     "configs/seeds/world/<maker>.yaml`. `label rule` is what makes a row's labels: a class must "
-    "exceed a threshold or CLIP-ES's (1 - max)^a; behind a dense CRF the most probable label, the "
-    "background having entered it by that rule. MaskCLIP and SCLIP are not told which classes an "
-    "image has, the others are; no maker has a word for the background, because the world's CLIP "
-    "knows none. CAM's classifier begins with random weights, not with ImageNet's, and is trained "
-    "for minutes, by `make lab` itself and in bfloat16: from one processor to another its rows "
-    "moved by up to 3 points, all others of all tables by 0.2 at most."
+    "exceed a threshold or CLIP-ES's (1 - max)^a; behind a dense CRF the most probable label, "
+    "the background having entered it by that rule. MaskCLIP and SCLIP are not told which "
+    "classes an image has, the others are; no maker has a word for the background, because the "
+    "world's CLIP knows none. MaskCLIP's softmax is so sharp that its thresholds lie at the end "
+    f"of the grid, {THRESHOLDS[-1]}. CAM's classifier begins with random weights, not with "
+    "ImageNet's, and is "
+    "trained for minutes, by `make lab` itself and in bfloat16: from one processor to another "
+    "its rows moved by up to 3 points, all others of all tables by 0.2 at most."
 )
 
 
