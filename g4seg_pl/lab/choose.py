@@ -3,12 +3,14 @@
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from g4seg_pl.callbacks.run_record import Json, write_text_atomically
+from g4seg_pl.callbacks.run_record import Json, describe, write_text_atomically
+from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.lab.choose_features import choose_features
 from g4seg_pl.lab.chooser import Chooser
 from g4seg_pl.lab.laboratory import REPOSITORY, Lab
@@ -36,11 +38,12 @@ def choose(
     """
     plan = yaml.safe_load(grid.read_text(encoding="utf-8"))
     count = scenes or int(plan["scenes"])
+    noise, own = tuple(plan.get("noise_seeds", [0])), bool(plan.get("own_threshold", True))
     chosen: dict[str, Any] = {
         "protocol": {
             "split": f"validation scenes 0 to {count - 1}",
-            "noise seeds": plan.get("noise_seeds", [0]),
-            "threshold": "own" if plan.get("own_threshold", True) else "the seed's",
+            "noise seeds": list(noise),
+            "threshold": "own" if own else "the seed's",
             "generator": lab.models.generator_identity,
         },
         "same_as": plan.get("same_as", {}),
@@ -49,20 +52,21 @@ def choose(
     if lab.chosen_file.is_file():
         before = json.loads(lab.chosen_file.read_text(encoding="utf-8"))
         chosen |= {name: before[name] for name in ("features", "kinds") if name in before}
-    noise, own = tuple(plan.get("noise_seeds", [0])), bool(plan.get("own_threshold", True))
 
-    def chooser_of(kind: SeedKind) -> Chooser:
-        return Chooser(lab, lab.source(kind, "val", count, 0), noise, own)
+    def chooser_of(kind: SeedKind, chooses: Lab = lab) -> Chooser:
+        return Chooser(chooses, chooses.source(kind, "val", count, 0), noise, own)
 
     if "features" in plan and (not only or "features" in only):
         deciding = plan["features"]
-        # Whatever F was before, what this finds is kept under the same name and found again.
-        chosen.pop("features", None)
+        # Whatever F was before, what this finds is kept under the same name and found again. The
+        # file stays as it is meanwhile: without F it would be read as one of the autoencoder's.
+        plain = replace(lab)
+        plain.features = VAEFeatures()
+        chosen["features"] = choose_features(chooser_of(deciding["kind"], plain), deciding)
         _write(lab.chosen_file, chosen)
         lab.forget_chosen()
-        chosen["features"] = choose_features(chooser_of(deciding["kind"]), deciding)
-        _write(lab.chosen_file, chosen)
-        lab.forget_chosen()
+    elif "features" not in chosen:
+        chosen["features"] = describe(lab.features)
     for kind in kinds or plan["kinds"]:
         chooser = chooser_of(kind)
         earlier = chosen["kinds"].get(kind, {}).get("ways", {}) if only else {}

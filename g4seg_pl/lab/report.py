@@ -63,7 +63,7 @@ def write_report(results: Path) -> Path:
     chosen = results / "chosen.json"
     if chosen.is_file():
         settings = json.loads(chosen.read_text(encoding="utf-8"))
-        if "features" in settings:
+        if "tried" in settings.get("features", {}):
             parts.append(features_text(settings["features"]))
         parts.append(chosen_text(settings))
     target = results.with_suffix(".md")

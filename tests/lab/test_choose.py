@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from g4seg_pl.callbacks.run_record import describe
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.evaluation.confusion import mean_overlap
@@ -78,6 +79,55 @@ def test_what_was_chosen_before_is_found_again_whatever_came_of_it(
 
     monkeypatch.setattr(Runner, "_compute", computed)
     assert choose(again, grid_file) == lab.chosen
+
+
+def test_what_was_chosen_stays_until_new_features_are_found(
+    lab: Lab, grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "chosen.json"
+    path.write_text(lab.chosen_file.read_text())
+    again = replace(lab, chosen_file=path)
+    looked: list[Chooser] = []
+
+    def killed(chooser: Chooser, _: object) -> None:
+        looked.append(chooser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("g4seg_pl.lab.choose.choose_features", killed)
+    with pytest.raises(KeyboardInterrupt):
+        choose(again, grid_file)
+    assert path.read_text() == lab.chosen_file.read_text()
+    # And what is found does not depend on what F was before.
+    assert describe(looked[0].lab.features) == describe(VAEFeatures())
+
+
+def test_settings_without_the_features_they_were_chosen_with_are_refused(
+    lab: Lab, grid_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "chosen.json"
+    path.write_text(
+        json.dumps({name: lab.chosen[name] for name in lab.chosen.keys() - {"features"}})
+    )
+    other = replace(lab, chosen_file=path)
+    with pytest.raises(ConfigurationError, match=r"chosen\.json: features: none"):
+        _ = other.features
+    with pytest.raises(ConfigurationError, match=r"chosen\.json: features: none"):
+        choose(other, grid_file, kinds=["degraded"], only=["blur"])
+    assert choose(other, grid_file)["features"] == lab.chosen["features"]
+
+
+def test_a_grid_without_features_says_which_it_chose_with(
+    lab: Lab, grid_file: Path, tmp_path: Path
+) -> None:
+    plan = yaml.safe_load(grid_file.read_text())
+    del plan["features"]
+    plan["ways"] = {"blur": plan["ways"]["blur"]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(plan))
+    results = tmp_path / "results"
+    other = replace(lab, results=results, chosen_file=results / "chosen.json")
+    choose(other, tmp_path / "grid.yaml")
+    assert describe(other.features) == describe(VAEFeatures())
+    assert "Chosen settings" in write_report(results).read_text()
 
 
 def test_features_need_no_arguments(lab: Lab, tmp_path: Path) -> None:
