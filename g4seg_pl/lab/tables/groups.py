@@ -86,7 +86,7 @@ def groups_of(masks: PerMask) -> dict[str, Bools]:
 
 
 def group_rows(
-    lab: Lab, kind: SeedKind, way: str, before: Sequence[Scores], after: Sequence[Scores]
+    lab: Lab, kind: str, way: str, before: Sequence[Scores], after: Sequence[Scores]
 ) -> list[dict[str, Cell]]:
     """Rows of one way: mean gain in IoU of a mask by group, and gain in trimap IoU by width."""
     seed, ours = pooled(before), pooled(after)
