@@ -9,18 +9,21 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.evidence import ClassEvidence
 from g4seg_pl.evaluation.confusion import overlaps_of
 from g4seg_pl.lab import __main__ as command
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.pictures import failures
 from g4seg_pl.lab.scores import Scores
+from g4seg_pl.lab.stages import Way
 from g4seg_pl.lab.table import Table, read_table
 from g4seg_pl.lab.tables import refinement
 from g4seg_pl.lab.tables.decoders import decoders
 from g4seg_pl.lab.tables.explanation import Measurement, claim
 from g4seg_pl.lab.tables.groups import clustered_mean, per_mask
 from g4seg_pl.lab.tables.judging import Judged, likelihood, right
+from g4seg_pl.lab.tables.words import prompts_and_injections
 
 PLAIN = ["modules", "sensitivity", "groups", "refiners", "signals", "controls", "costs", "words"]
 
@@ -55,6 +58,16 @@ def test_table_runs_and_resumes(
         assert not any(way.startswith("gradient") for way in others)
     else:
         assert any("feature-nn" in way or "self" in way for way in ways), "no control"
+
+
+def test_affinity_is_told_what_it_is_not_told_already() -> None:
+    for prompt, other in (("empty", "classes"), ("classes", "empty")):
+        way = Way("affinity", (Affinity(prompt=prompt),))
+        found = {each.name: each.stages for each in prompts_and_injections(way)}
+        names = {"empty": "affinity, empty prompt", "classes": "affinity, classes in the prompt"}
+        assert found["affinity, right class"] == way.stages
+        assert found[names[other]] == (Affinity(prompt=other),)
+        assert names[prompt] not in found
 
 
 def test_feature_spaces_have_further_noise_seeds_on_the_first_kind_alone(
