@@ -28,7 +28,7 @@ from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.runner import Runner
 from g4seg_pl.lab.scores import THRESHOLDS, TRIMAP_WIDTHS, Scores, gain_of, line, score_image
 from g4seg_pl.lab.sources import BANDS, SceneSource, mask_iou
-from g4seg_pl.lab.stages import DenseCRF, LabelFiles, Masks, Way, at_threshold
+from g4seg_pl.lab.stages import CascadePSP, DenseCRF, LabelFiles, Masks, Way, at_threshold
 from g4seg_pl.lab.written import build_object
 from g4seg_pl.types import ConfigurationError
 
@@ -130,6 +130,12 @@ def test_any_setting_or_weight_changes_the_key(runner: Runner, tmp_path: Path) -
     others.append(runner.description(looks, source, RULE, 0))
     (clip / "open_clip_config.json").write_text("{}")
     others.append(runner.description(looks, source, RULE, 0))
+    weights = tmp_path / "cascade" / "model"
+    weights.parent.mkdir()
+    cascade = replace(way, stages=(CascadePSP(str(weights.parent)),))
+    for content in ("old", "new"):
+        weights.write_text(content)
+        others.append(runner.description(cascade, source, RULE, 0))
     other = Models(write_stable_diffusion(tmp_path / "other", version=2), runner.models.clip)
     others.append(Runner(other, runner.store).description(way, source, RULE, 0))
     keys = {plain, *(key_of(each) for each in others)}

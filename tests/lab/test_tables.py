@@ -1,5 +1,6 @@
 """A twelve-scene slice of every table of the laboratory."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.evidence import ClassEvidence
 from g4seg_pl.evaluation.confusion import overlaps_of
+from g4seg_pl.features.base import DenseFeatures
+from g4seg_pl.features.open_clip import OpenClipFeatures
 from g4seg_pl.lab import __main__ as command
+from g4seg_pl.lab.cache import Store
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.pictures import failures
 from g4seg_pl.lab.scores import Scores
-from g4seg_pl.lab.stages import Way
+from g4seg_pl.lab.stages import Batch, Masks, Way
 from g4seg_pl.lab.table import Table, read_table
 from g4seg_pl.lab.tables import refinement
 from g4seg_pl.lab.tables.decoders import decoders
-from g4seg_pl.lab.tables.explanation import Measurement, claim
+from g4seg_pl.lab.tables.explanation import Measurement, claim, kept_by_batch
 from g4seg_pl.lab.tables.groups import clustered_mean, per_mask
 from g4seg_pl.lab.tables.judging import Judged, likelihood, right
 from g4seg_pl.lab.tables.words import prompts_and_injections
@@ -161,6 +165,33 @@ def test_claim_and_likelihood(lab: Lab, tmp_path: Path) -> None:
     assert rows["right, truth against seed"]["validation order"] is None
     assert rows["rank correlation with area"]["area"] == pytest.approx(1.0)
     assert likelihood(lab, how, evidence).rows == chosen.rows
+
+
+def test_losses_are_filed_under_all_that_their_models_are(lab: Lab, tmp_path: Path) -> None:
+    clip = shutil.copytree(lab.models.clip, tmp_path / "clip")
+    store = Store(tmp_path / "store")
+
+    def measured(features: DenseFeatures | None = None, **models: Any) -> bool:
+        """Whether losses are measured, or taken from those kept."""
+        other = replace(lab, models=replace(lab.models, **models), store=store, images=1)
+        other.features = features or lab.features
+        calls: list[Batch] = []
+
+        def measure(batch: Batch, _: Masks) -> dict[str, Any]:
+            calls.append(batch)
+            return {}
+
+        list(kept_by_batch(other, "degraded", "explained", {}, measure))
+        return bool(calls)
+
+    assert measured()
+    assert not measured()
+    assert measured(prompt_template="A drawing of {}")
+    looks = OpenClipFeatures(str(clip), image_size=64)
+    assert measured(looks)
+    assert not measured(looks)
+    (clip / "other_weights").write_text("")
+    assert measured(looks)
 
 
 def test_a_judge_is_right_where_it_says_so() -> None:

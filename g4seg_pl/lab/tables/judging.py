@@ -120,7 +120,6 @@ def judge(lab: Lab, kind: SeedKind, how: Measurement, evidence: ClassEvidence) -
         return found | {"empty": torch.zeros_like(found["seed"])}
 
     described = [[way.name, way.describe()] for way in ways]
-    described.append(["features", describe(lab.features)])
     explained = explain(lab, kind, described, candidates, how)
     true = explain(lab, kind, "truth and spoilt", true_and_spoilt, how)
     # The last is the empty mask.
