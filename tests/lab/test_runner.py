@@ -227,6 +227,20 @@ def test_gains_are_paired_and_noise_seeds_no_further_images(runner: Runner) -> N
         gain_of([before[0].select(before[0].ids[:2])], after, 10)
 
 
+def test_one_noise_seed_has_no_spread(runner: Runner) -> None:
+    for _ in range(2):  # made, and read again
+        found = runner.run([Way("seed"), *WAYS], scenes(runner), RULE, (0,))
+        spread = {
+            name: line(name, found["seed"], runs, 20).seed_spread for name, runs in found.items()
+        }
+        assert spread == {"seed": 0.0, "blur": 0.0, "g4seg": None, "both": None}
+    two = runner.run(WAYS[:2], scenes(runner), RULE, (0, 1))
+    alone = [100 * mean_overlap(run.overlaps) for run in two["g4seg"]]
+    found_spread = line("g4seg", two["blur"], two["g4seg"], 20).seed_spread
+    assert found_spread == pytest.approx(abs(alone[0] - alone[1]) / 2**0.5)
+    assert line("blur", two["blur"], two["blur"], 20).seed_spread == 0.0
+
+
 def test_crf_and_files_decide_their_own_labels(runner: Runner, tmp_path: Path) -> None:
     pytest.importorskip("pydensecrf")
     from PIL import Image

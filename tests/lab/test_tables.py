@@ -236,6 +236,11 @@ def test_masks_are_taken_apart_from_overlaps() -> None:
     assert found.excess.tolist() == pytest.approx([-0.2])
     mean, error = clustered_mean(np.array([1.0, 1.0, 1.0]), np.array([0, 0, 1]), 3, 50)
     assert (mean, error) == (1.0, 0.0)
+    # Masks of one image have no error: nothing is known of other images.
+    gain, unknown = clustered_mean(np.array([1.0, 4.0]), np.array([1, 1]), 3, 50)
+    assert (gain, unknown) == (2.5, None)
+    table = Table("groups", "", ({"gain": gain, "gain_se": unknown},), {})
+    assert "| +2.50 |" in table.markdown()
 
 
 def test_command_line_reports(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

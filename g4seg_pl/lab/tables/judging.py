@@ -287,7 +287,7 @@ def _choice_rows(lab: Lab, found: Judged) -> Iterator[dict[str, Cell]]:
     ious = 100 * found.ious[: found.ways]
     every = np.arange(ious.shape[1])
 
-    def gain(values: Floats) -> tuple[float, float]:
+    def gain(values: Floats) -> tuple[float, float | None]:
         return clustered_mean(values - ious[0], found.image, lab.images, lab.resamples)
 
     row: dict[str, Cell] = {"what": "mean IoU gain of the mask chosen", "n": len(every)}
