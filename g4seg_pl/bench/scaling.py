@@ -16,10 +16,10 @@ from g4seg_pl.bench.processes import processes
 from g4seg_pl.bench.rows import Row, table, write_rows
 from g4seg_pl.bench.setting import Setting
 from g4seg_pl.bench.sizes import SIZES
+from g4seg_pl.bench.steps import AFFINITY
 from g4seg_pl.bench.timing import interleaved
 from g4seg_pl.core.correspondence import nearest_neighbours
 from g4seg_pl.core.steps import Correspondence, UpdateStep
-from g4seg_pl.recipes import steps_of
 from g4seg_pl.refiner import G4SegRefiner
 from g4seg_pl.types import Sample, Seed
 from g4seg_pl.world.scenes import CLASS_NAMES
@@ -72,7 +72,7 @@ def by_classes(setting: Setting) -> Iterator[Row]:
     updates: dict[str, tuple[UpdateStep, ...]] = {
         "paper": (Correspondence(),),
         "paper, classes at once": (Correspondence(all_classes_at_once=True),),
-        "affinity": steps_of("best")[-1:],
+        "affinity": (AFFINITY,),
     }
     for name, update in updates.items():
         refiner = G4SegRefiner(setting.generator, setting.features, update)

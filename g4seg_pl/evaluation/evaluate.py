@@ -125,7 +125,8 @@ def summarise(scores: Sequence[ImageScore], resamples: int = 1000) -> dict[str, 
 
     Returns:
         ``miou``, ``miou_se``, ``iou`` (a list over labels), ``pixel_accuracy``, ``n_images`` and,
-        where they were counted, ``boundary_iou`` and ``trimap_miou``.
+        where they were counted, ``boundary_iou`` and ``trimap_miou`` (None where no image has a
+        boundary).
     """
     overlaps = np.stack([score.overlap for score in scores])
     estimate = bootstrap_overlaps(overlaps, resamples)
@@ -141,10 +142,11 @@ def summarise(scores: Sequence[ImageScore], resamples: int = 1000) -> dict[str, 
     }
     bands = [score.boundary for score in scores if score.boundary is not None]
     if bands:
-        result["boundary_iou"] = 100 * mean_band_iou(np.sum(bands, axis=0), summed)
+        result["boundary_iou"] = _percentage(mean_band_iou(np.sum(bands, axis=0), summed))
     trimaps = [score.trimap for score in scores if score.trimap is not None]
     if trimaps:
-        result["trimap_miou"] = 100 * mean_overlap(np.stack(trimaps))
+        within = np.sum(trimaps, axis=0)
+        result["trimap_miou"] = 100 * mean_overlap(within) if in_mean(within).any() else None
     return result
 
 
@@ -156,7 +158,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"(data-set confusion matrix, standard error over images)",
         f"pixel accuracy {report['pixel_accuracy']:.2f} %",
         *(
-            f"{name} {report[key]:.2f} %"
+            f"{name} {_text(report[key])} %"
             for key, name in (("boundary_iou", "boundary IoU"), ("trimap_miou", "trimap mIoU"))
             if key in report
         ),
@@ -338,7 +340,12 @@ def _changed_by(record: dict[str, Any]) -> str:
 
 def _percentages(values: Fractions) -> list[float | None]:
     """Fractions in percent; nan becomes None, which JSON can hold."""
-    return [None if np.isnan(value) else 100 * float(value) for value in values]
+    return [_percentage(value) for value in values]
+
+
+def _percentage(value: float) -> float | None:
+    """A fraction in percent; nan becomes None."""
+    return None if np.isnan(value) else 100 * float(value)
 
 
 def _text(value: float | None) -> str:

@@ -88,8 +88,20 @@ class Lab:
 
     @cached_property
     def features(self) -> DenseFeatures:
-        """F of Eq. 8 as chosen on validation scenes; the generator's autoencoder before that."""
-        written = self.chosen.get("features") if self.chosen_file.is_file() else None
+        """F of Eq. 8 as chosen on validation scenes; the generator's autoencoder before that.
+
+        Raises:
+            ConfigurationError: the file has settings but not the F that they were chosen with, or
+                something that is no F.
+        """
+        read = self.chosen if self.chosen_file.is_file() else {}
+        written = read.get("features")
+        if written is None and read.get("kinds"):
+            message = (
+                f"{self.chosen_file}: features: none, but its kinds were chosen with some; run "
+                "`python -m g4seg_pl.lab choose` anew"
+            )
+            raise ConfigurationError(message)
         if written is None:
             return VAEFeatures()
         made = build_object(written, self.places)

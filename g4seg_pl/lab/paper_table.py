@@ -207,13 +207,13 @@ class PaperTable:
         every = [Way("seed"), *ways]
         runner = self.lab.runner(self.features)
         found = runner.run(every, source, rule, self.lab.noise_seeds)
-        if row.get("by_quality"):
-            return self._by_quality(row, source, found)
         head: dict[str, Cell] = {"row": row["row"], "seeds": source.kind, "split": source.split}
         head |= {"images": len(found["seed"][0].ids), "background": repr(rule)}
         if (left_out := len(source.ids) - len(found["seed"][0].ids)) > 0:
             head["left out"] = left_out
             self.complete = False
+        if row.get("by_quality"):
+            return self._by_quality(row, head, found)
         measured = [line(n, found["seed"], runs, self.lab.resamples) for n, runs in found.items()]
         return [head | _row_of(each, published.get(each.way)) for each in measured]
 
@@ -267,17 +267,20 @@ class PaperTable:
         ]
 
     def _by_quality(
-        self, row: Mapping[str, Any], source: Source, found: Mapping[str, Sequence[Scores]]
+        self,
+        row: Mapping[str, Any],
+        head: Mapping[str, Cell],
+        found: Mapping[str, Sequence[Scores]],
     ) -> list[dict[str, Cell]]:
         rows: list[dict[str, Cell]] = []
         for name, runs in found.items():
             if name == "seed":
                 continue
             published = row.get("paper", {}) if name == "g4seg" else {}
-            for group in group_rows(self.lab, row["world"], name, found["seed"], runs):
+            for group in group_rows(self.lab, str(head["seeds"]), name, found["seed"], runs):
                 label = str(group["group"])
                 if label.startswith("seed IoU"):
-                    rows.append({"row": row["row"], **group, "(P)": published.get(label)})
+                    rows.append({**head, **group, "(P)": published.get(label)})
         return rows
 
 

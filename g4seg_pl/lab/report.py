@@ -63,7 +63,7 @@ def write_report(results: Path) -> Path:
     chosen = results / "chosen.json"
     if chosen.is_file():
         settings = json.loads(chosen.read_text(encoding="utf-8"))
-        if "features" in settings:
+        if "tried" in settings.get("features", {}):
             parts.append(features_text(settings["features"]))
         parts.append(chosen_text(settings))
     target = results.with_suffix(".md")
@@ -73,11 +73,10 @@ def write_report(results: Path) -> Path:
 
 def chosen_text(chosen: Mapping[str, Any]) -> str:
     """The chosen settings as a table: gain on validation scenes and how many were tried."""
-    protocol = chosen["protocol"]
     lines = [
         "### Chosen settings",
         "",
-        f"On {protocol['split']}; label thresholds: {protocol['threshold']}.",
+        _chosen_on(chosen),
         "",
         "| seeds | way | threshold | validation gain | tried | settings |",
         "|---|---|---|---|---|---|",
@@ -94,6 +93,18 @@ def chosen_text(chosen: Mapping[str, Any]) -> str:
             gain, tried = f"{way['val_gain']:+.2f}", way["tried"]
             lines.append(f"| {kind} | {name} | {threshold} | {gain} | {tried} | {told} |")
     return "\n".join(lines) + "\n"
+
+
+def _chosen_on(chosen: Mapping[str, Any]) -> str:
+    """What settings were chosen on, of each kind of seeds where they differ."""
+    told: dict[str, list[str]] = {}
+    for kind, found in chosen["kinds"].items():
+        protocol = found.get("protocol", chosen["protocol"])
+        text = f"{protocol['split']}; label thresholds: {protocol['threshold']}"
+        told.setdefault(text, []).append(kind)
+    if len(told) == 1:
+        return f"On {next(iter(told))}."
+    return " ".join(f"{', '.join(kinds)}: on {text}." for text, kinds in told.items())
 
 
 def _is_table(path: Path) -> bool:

@@ -169,7 +169,7 @@ class Runner:
         if not all(parts.values()):
             message = f"no image of {source.kind} could be read with seed and truth"
             raise ConfigurationError(message)
-        return [join(found, noisy=True) for found in (parts[key_of(r.description)] for r in runs)]
+        return [_joined(parts[key_of(run.description)]) for run in runs]
 
     def _compute(
         self,
@@ -265,7 +265,7 @@ class Runner:
     def _save(self, runs: Sequence[Run], parts: dict[str, list[Scores]]) -> None:
         for run in runs:
             key = key_of(run.description)
-            scores = join(parts[key], noisy=True)
+            scores = _joined(parts[key])
             parts[key] = [scores]
             summary = {
                 "name": run.way.name,
@@ -279,6 +279,10 @@ class Runner:
             left = seconds / done * (total - done)
             text = f"{source.kind}/{source.split}: {runs} runs, batch {done}/{total}, {left:.0f} s"
             print(text + " left", file=sys.stderr, flush=True)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return join(parts, noisy=any(part.noisy for part in parts))
 
 
 def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:

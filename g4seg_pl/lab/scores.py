@@ -164,7 +164,8 @@ class Line:
         boundary_iou: mean over classes.
         gain: over the reference on the same images, paired.
         gain_se: bootstrap standard error over images, noise seeds summed within each.
-        seed_spread: standard deviation of mIoU over noise seeds; 0 for one, or without noise.
+        seed_spread: standard deviation of mIoU over noise seeds; 0 without noise, None of a
+            single seed.
         seconds: a mask, of the stages alone, with latents and features at hand.
     """
 
@@ -174,7 +175,7 @@ class Line:
     boundary_iou: float
     gain: float
     gain_se: float
-    seed_spread: float
+    seed_spread: float | None
     seconds: float
 
 
@@ -191,7 +192,8 @@ def line(way: str, reference: Sequence[Scores], runs: Sequence[Scores], resample
     gain = gain_of(reference, runs, resamples)
     score = bootstrap_overlaps(ours.overlaps, resamples)
     alone = [mean_overlap(run.overlaps) for run in runs]
-    spread = float(np.std(alone, ddof=1)) if len(runs) > 1 else 0.0
+    noisy = any(run.noisy for run in runs)
+    known = 0.0 if not noisy else None if len(runs) < 2 else float(np.std(alone, ddof=1))
     return Line(
         way=way,
         miou=100 * score.value,
@@ -199,7 +201,7 @@ def line(way: str, reference: Sequence[Scores], runs: Sequence[Scores], resample
         boundary_iou=100 * boundary_iou(ours),
         gain=100 * gain.value,
         gain_se=100 * gain.standard_error,
-        seed_spread=100 * spread,
+        seed_spread=None if known is None else 100 * known,
         seconds=float(ours.seconds.sum() / max(1, ours.masks.sum())),
     )
 

@@ -16,7 +16,7 @@ from g4seg_pl.core.background import BackgroundRule, Threshold, threshold_of
 from g4seg_pl.core.context import RefinementContext
 from g4seg_pl.core.steps import UpdateStep
 from g4seg_pl.core.threshold import told_threshold
-from g4seg_pl.lab.cache import state_of_files
+from g4seg_pl.lab.cache import identity_of, state_of_files
 from g4seg_pl.types import ConfigurationError, Sample
 
 
@@ -188,6 +188,10 @@ class CascadePSP:
     weights: str
     fast: bool = False
     longest: int = 900
+
+    def identity(self) -> str:
+        """Hash of the weights' files."""
+        return identity_of(self.weights)
 
     def refine_native(self, masks: Masks, batch: Batch) -> Masks:
         """Return the refined masks; each is cut at the threshold first, as the network wants.

@@ -27,6 +27,7 @@ from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.core.correspondence import nearest_neighbours
 from g4seg_pl.core.steps import UpdateStep
 from g4seg_pl.main import main
+from g4seg_pl.refiner import G4SegRefiner
 from g4seg_pl.types import Sample
 
 
@@ -250,6 +251,24 @@ def test_scaling_and_profile_say_what_costs(
     assert len(names) == len(set(names)) == 3 * 2 + 1 + 3 + 2 + 2
     assert main(["bench", "profile", "--lines", "3", "--work", work]) == 0
     assert "Self CPU" in capsys.readouterr().out
+
+
+def test_scaling_by_classes_runs_the_steps_it_names(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "CLASSES", (1,))
+    ran: list[tuple[str, bool]] = []
+
+    def note(refiner: G4SegRefiner, _: Sample) -> None:
+        (step,) = refiner.steps
+        ran.append((type(step).__name__, getattr(step, "all_classes_at_once", False)))
+
+    monkeypatch.setattr(scaling, "_refine", note)
+    rows = [row.name for row in scaling.by_classes(replace(setting, rounds=1))]
+    names = ("paper", "paper, classes at once", "affinity")
+    assert rows == [f"scaling: {name}, an image by classes: 1" for name in names]
+    steps = [("Correspondence", False), ("Correspondence", True), ("Affinity", False)]
+    assert list(dict.fromkeys(ran)) == steps
 
 
 def test_throughput_counts_from_the_second_batch_to_the_last_file(

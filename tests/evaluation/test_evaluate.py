@@ -1,6 +1,7 @@
 """`g4seg evaluate` on files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from g4seg_pl.evaluation.evaluate import evaluate, score_image
+from g4seg_pl.evaluation.evaluate import evaluate, score_image, summarise
 from g4seg_pl.main import main
 from g4seg_pl.types import BadItemError, ConfigurationError
 
@@ -77,6 +78,26 @@ def test_boundary_scores_of_a_shifted_square_are_those_counted_by_hand(
     printed = capsys.readouterr().out
     assert f"boundary IoU {100 * np.mean(bands):.2f} %" in printed
     assert f"trimap mIoU {100 * np.mean(within):.2f} %" in printed
+
+
+def test_images_without_a_label_change_have_no_trimap_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "gt", {"a": square(10) * 0, "b": square(10) * 0 + 1})
+    words = ["evaluate", "--pred", str(folder), "--gt", str(folder), "--num-classes", "2"]
+    file = tmp_path / "s.json"
+    assert main([*words, "--boundary", "true", "--json", str(file)]) == 0
+    scores = json.loads(file.read_text())
+    assert (scores["miou"], scores["trimap_miou"]) == (100, None)
+    assert "trimap mIoU - %" in capsys.readouterr().out
+
+
+def test_a_band_that_no_class_has_is_none_in_json() -> None:
+    plain = np.ones((4, 4), np.uint8)
+    score = replace(score_image(plain, plain, 2, boundary=True), boundary=np.zeros((2, 2), int))
+    scores = summarise([score])
+    assert scores["boundary_iou"] is None
+    assert "NaN" not in json.dumps(scores)
 
 
 def test_boundaries_are_not_scored_unasked(tmp_path: Path) -> None:

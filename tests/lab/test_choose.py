@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from g4seg_pl.callbacks.run_record import describe
 from g4seg_pl.core.background import Threshold
 from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.evaluation.confusion import mean_overlap
@@ -80,6 +81,51 @@ def test_what_was_chosen_before_is_found_again_whatever_came_of_it(
     assert choose(again, grid_file) == lab.chosen
 
 
+def test_what_was_chosen_stays_until_new_features_are_found(
+    lab: Lab, grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "chosen.json"
+    path.write_text(lab.chosen_file.read_text())
+    again = replace(lab, chosen_file=path)
+    looked: list[Chooser] = []
+
+    def killed(chooser: Chooser, _: object) -> None:
+        looked.append(chooser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("g4seg_pl.lab.choose.choose_features", killed)
+    with pytest.raises(KeyboardInterrupt):
+        choose(again, grid_file)
+    assert path.read_text() == lab.chosen_file.read_text()
+    # And what is found does not depend on what F was before.
+    assert describe(looked[0].lab.features) == describe(VAEFeatures())
+
+
+def test_settings_without_the_features_they_were_chosen_with_are_refused(
+    lab: Lab, grid_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "chosen.json"
+    path.write_text(
+        json.dumps({name: lab.chosen[name] for name in lab.chosen.keys() - {"features"}})
+    )
+    other = replace(lab, chosen_file=path)
+    with pytest.raises(ConfigurationError, match=r"chosen\.json: features: none"):
+        _ = other.features
+    with pytest.raises(ConfigurationError, match=r"chosen\.json: features: none"):
+        choose(other, grid_file, kinds=["degraded"], only=["blur"])
+    assert choose(other, grid_file)["features"] == lab.chosen["features"]
+
+
+def test_a_grid_without_features_says_which_it_chose_with(
+    lab: Lab, grid_file: Path, tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    other = replace(lab, results=results, chosen_file=results / "chosen.json")
+    choose(other, small_grid(grid_file, tmp_path))
+    assert describe(other.features) == describe(VAEFeatures())
+    assert "Chosen settings" in write_report(results).read_text()
+
+
 def test_features_need_no_arguments(lab: Lab, tmp_path: Path) -> None:
     plain = {"class_path": "g4seg_pl.features.vae.VAEFeatures"}
     path = tmp_path / "chosen.json"
@@ -122,6 +168,77 @@ def test_choosing_one_way_anew_keeps_the_others(lab: Lab, grid_file: Path) -> No
     before = json.loads(lab.chosen_file.read_text())
     choose(lab, grid_file, kinds=["degraded"], only=["blur"])
     assert json.loads(lab.chosen_file.read_text()) == before
+
+
+def small_grid(grid_file: Path, folder: Path) -> Path:
+    """The grid with one way and nothing to choose F from."""
+    plan = yaml.safe_load(grid_file.read_text())
+    del plan["features"]
+    plan["ways"] = {"blur": plan["ways"]["blur"]}
+    grid = folder / "grid.yaml"
+    grid.write_text(yaml.safe_dump(plan))
+    return grid
+
+
+def test_each_kind_says_what_it_was_chosen_on(lab: Lab, grid_file: Path, tmp_path: Path) -> None:
+    grid, results = small_grid(grid_file, tmp_path), tmp_path / "results"
+    results.mkdir()
+    # As files were before kinds had a protocol of their own: the file's holds of all.
+    before = copy.deepcopy(lab.chosen)
+    for part in (before["features"], *before["kinds"].values()):
+        part.pop("protocol", None)
+    path = results / "chosen.json"
+    path.write_text(json.dumps(before))
+    assert (
+        "On validation scenes 0 to 5; label thresholds: own." in write_report(results).read_text()
+    )
+    other = replace(lab, results=results, chosen_file=path)
+    choose(other, grid, kinds=["degraded"], scenes=4)
+    read = json.loads(path.read_text())
+    kinds = {kind: found["protocol"]["split"] for kind, found in read["kinds"].items()}
+    assert kinds == {
+        "degraded": "validation scenes 0 to 3",
+        "cross_attention": "validation scenes 0 to 5",
+    }
+    assert read["features"]["protocol"]["split"] == "validation scenes 0 to 5"
+    assert read["kinds"]["cross_attention"]["ways"] == before["kinds"]["cross_attention"]["ways"]
+    told = write_report(results).read_text()
+    assert "degraded: on validation scenes 0 to 3; label thresholds: own." in told
+    assert "cross_attention: on validation scenes 0 to 5; label thresholds: own." in told
+
+
+def test_ways_of_a_kind_are_chosen_on_the_same_scenes(
+    lab: Lab, grid_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "chosen.json"
+    path.write_text(lab.chosen_file.read_text())
+    other = replace(lab, chosen_file=path)
+    with pytest.raises(
+        ConfigurationError, match=r"degraded seeds that stay were chosen on.*0 to 5"
+    ):
+        choose(other, grid_file, kinds=["degraded"], scenes=4, only=["blur"])
+    assert path.read_text() == lab.chosen_file.read_text()
+
+
+def test_settings_of_another_generator_do_not_stay(
+    lab: Lab, grid_file: Path, tmp_path: Path
+) -> None:
+    chosen = json.loads(lab.chosen_file.read_text())
+    for part in (chosen, chosen["features"], *chosen["kinds"].values()):
+        part["protocol"]["generator"] = "another"
+    path = tmp_path / "chosen.json"
+    path.write_text(json.dumps(chosen))
+    other = replace(lab, chosen_file=path)
+    with pytest.raises(
+        ConfigurationError, match=r"cross_attention seeds would stay .* another gen"
+    ):
+        choose(other, grid_file, kinds=["degraded"])
+    with pytest.raises(ConfigurationError, match=r"F of Eq\. 8 would stay"):
+        choose(other, small_grid(grid_file, tmp_path))
+    with pytest.raises(ConfigurationError, match=r"seeds that stay were chosen on.*another"):
+        choose(other, grid_file, only=["features", "blur"])
+    assert json.loads(path.read_text()) == chosen
+    assert choose(other, grid_file) == lab.chosen
 
 
 def test_a_way_can_be_the_best_of_others(lab: Lab, grid_file: Path, tmp_path: Path) -> None:

@@ -138,6 +138,20 @@ def test_a_table_of_the_paper_runs_on_data(lab: Lab, tmp_path: Path) -> None:
         paper.main([word for word in words if "model" not in word and "generator" not in word])
 
 
+def test_groups_of_masks_say_how_many_images_they_are_of(lab: Lab, tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    words = ["table-7", "--rows", "CLIP-ES", "--data.root", str(tmp_path), "--data.seeds"]
+    words += [str(tmp_path / "cam_out"), "--model.model", str(lab.models.generator)]
+    words += ["--out", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
+    words += ["--noise_seeds", "1", "--resamples", "20"]
+    next((tmp_path / "cam_out").iterdir()).unlink()
+    assert paper.main(words) == 1
+    rows = json.loads((tmp_path / "out" / "table-7.json").read_text())["rows"]
+    assert {row["group"] for row in rows} == {f"seed IoU {s}" for s in ("0-40", "40-80", "80-100")}
+    told = {(row["seeds"], row["split"], row["images"], row["left out"]) for row in rows}
+    assert told == {("clip_es", "train", 2, 1)}
+
+
 def test_what_decides_results_is_in_their_key(tmp_path: Path) -> None:
     write_voc(tmp_path)
     classes = tmp_path / "classes.txt"

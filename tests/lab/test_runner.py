@@ -29,7 +29,7 @@ from g4seg_pl.lab.models import Models
 from g4seg_pl.lab.runner import Runner
 from g4seg_pl.lab.scores import THRESHOLDS, TRIMAP_WIDTHS, Scores, gain_of, line, score_image
 from g4seg_pl.lab.sources import BANDS, SceneSource, mask_iou
-from g4seg_pl.lab.stages import DenseCRF, LabelFiles, Masks, Way, at_threshold
+from g4seg_pl.lab.stages import CascadePSP, DenseCRF, LabelFiles, Masks, Way, at_threshold
 from g4seg_pl.lab.written import build_object
 from g4seg_pl.types import ConfigurationError
 
@@ -162,6 +162,12 @@ def test_any_setting_or_weight_changes_the_key(runner: Runner, tmp_path: Path) -
     others.append(runner.description(looks, source, RULE, 0))
     (clip / "open_clip_config.json").write_text("{}")
     others.append(runner.description(looks, source, RULE, 0))
+    weights = tmp_path / "cascade" / "model"
+    weights.parent.mkdir()
+    cascade = replace(way, stages=(CascadePSP(str(weights.parent)),))
+    for content in ("old", "new"):
+        weights.write_text(content)
+        others.append(runner.description(cascade, source, RULE, 0))
     other = Models(write_stable_diffusion(tmp_path / "other", version=2), runner.models.clip)
     others.append(Runner(other, runner.store).description(way, source, RULE, 0))
     keys = {plain, *(key_of(each) for each in others)}
@@ -251,6 +257,20 @@ def test_gains_are_paired_and_noise_seeds_no_further_images(runner: Runner) -> N
     assert line("seed", before, before, 50).gain_se == 0
     with pytest.raises(ValueError, match="same images"):
         gain_of([before[0].select(before[0].ids[:2])], after, 10)
+
+
+def test_one_noise_seed_has_no_spread(runner: Runner) -> None:
+    for _ in range(2):  # made, and read again
+        found = runner.run([Way("seed"), *WAYS], scenes(runner), RULE, (0,))
+        spread = {
+            name: line(name, found["seed"], runs, 20).seed_spread for name, runs in found.items()
+        }
+        assert spread == {"seed": 0.0, "blur": 0.0, "g4seg": None, "both": None}
+    two = runner.run(WAYS[:2], scenes(runner), RULE, (0, 1))
+    alone = [100 * mean_overlap(run.overlaps) for run in two["g4seg"]]
+    found_spread = line("g4seg", two["blur"], two["g4seg"], 20).seed_spread
+    assert found_spread == pytest.approx(abs(alone[0] - alone[1]) / 2**0.5)
+    assert line("blur", two["blur"], two["blur"], 20).seed_spread == 0.0
 
 
 def test_crf_and_files_decide_their_own_labels(runner: Runner, tmp_path: Path) -> None:

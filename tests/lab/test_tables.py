@@ -1,5 +1,6 @@
 """A twelve-scene slice of every table of the laboratory."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,24 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.evidence import ClassEvidence
 from g4seg_pl.evaluation.confusion import overlaps_of
+from g4seg_pl.features.base import DenseFeatures
+from g4seg_pl.features.open_clip import OpenClipFeatures
 from g4seg_pl.lab import __main__ as command
+from g4seg_pl.lab.cache import Store
 from g4seg_pl.lab.laboratory import Lab
 from g4seg_pl.lab.pictures import failures
 from g4seg_pl.lab.scores import Scores
+from g4seg_pl.lab.stages import Batch, Masks, Way
 from g4seg_pl.lab.table import Table, read_table
 from g4seg_pl.lab.tables import refinement
 from g4seg_pl.lab.tables.decoders import decoders
-from g4seg_pl.lab.tables.explanation import Measurement, claim
+from g4seg_pl.lab.tables.explanation import Measurement, claim, kept_by_batch
 from g4seg_pl.lab.tables.groups import clustered_mean, per_mask
 from g4seg_pl.lab.tables.judging import Judged, likelihood, right
+from g4seg_pl.lab.tables.words import prompts_and_injections
 
 PLAIN = ["modules", "sensitivity", "groups", "refiners", "signals", "controls", "costs", "words"]
 
@@ -55,6 +62,16 @@ def test_table_runs_and_resumes(
         assert not any(way.startswith("gradient") for way in others)
     else:
         assert any("feature-nn" in way or "self" in way for way in ways), "no control"
+
+
+def test_affinity_is_told_what_it_is_not_told_already() -> None:
+    for prompt, other in (("empty", "classes"), ("classes", "empty")):
+        way = Way("affinity", (Affinity(prompt=prompt),))
+        found = {each.name: each.stages for each in prompts_and_injections(way)}
+        names = {"empty": "affinity, empty prompt", "classes": "affinity, classes in the prompt"}
+        assert found["affinity, right class"] == way.stages
+        assert found[names[other]] == (Affinity(prompt=other),)
+        assert names[prompt] not in found
 
 
 def test_feature_spaces_have_further_noise_seeds_on_the_first_kind_alone(
@@ -150,6 +167,33 @@ def test_claim_and_likelihood(lab: Lab, tmp_path: Path) -> None:
     assert likelihood(lab, how, evidence).rows == chosen.rows
 
 
+def test_losses_are_filed_under_all_that_their_models_are(lab: Lab, tmp_path: Path) -> None:
+    clip = shutil.copytree(lab.models.clip, tmp_path / "clip")
+    store = Store(tmp_path / "store")
+
+    def measured(features: DenseFeatures | None = None, **models: Any) -> bool:
+        """Whether losses are measured, or taken from those kept."""
+        other = replace(lab, models=replace(lab.models, **models), store=store, images=1)
+        other.features = features or lab.features
+        calls: list[Batch] = []
+
+        def measure(batch: Batch, _: Masks) -> dict[str, Any]:
+            calls.append(batch)
+            return {}
+
+        list(kept_by_batch(other, "degraded", "explained", {}, measure))
+        return bool(calls)
+
+    assert measured()
+    assert not measured()
+    assert measured(prompt_template="A drawing of {}")
+    looks = OpenClipFeatures(str(clip), image_size=64)
+    assert measured(looks)
+    assert not measured(looks)
+    (clip / "other_weights").write_text("")
+    assert measured(looks)
+
+
 def test_a_judge_is_right_where_it_says_so() -> None:
     # Three candidates of two masks; the second pair of IoUs is equal and does not count.
     ious = np.array([[0.2, 0.5], [0.6, 0.5], [0.9, 0.1]])
@@ -192,6 +236,11 @@ def test_masks_are_taken_apart_from_overlaps() -> None:
     assert found.excess.tolist() == pytest.approx([-0.2])
     mean, error = clustered_mean(np.array([1.0, 1.0, 1.0]), np.array([0, 0, 1]), 3, 50)
     assert (mean, error) == (1.0, 0.0)
+    # Masks of one image have no error: nothing is known of other images.
+    gain, unknown = clustered_mean(np.array([1.0, 4.0]), np.array([1, 1]), 3, 50)
+    assert (gain, unknown) == (2.5, None)
+    table = Table("groups", "", ({"gain": gain, "gain_se": unknown},), {})
+    assert "| +2.50 |" in table.markdown()
 
 
 def test_command_line_reports(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

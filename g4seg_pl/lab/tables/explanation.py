@@ -86,17 +86,18 @@ def kept_by_batch(
         lab: models and store.
         kind: of seeds.
         area: of the store.
-        what: that determines the results besides scenes, seeds and generator.
+        what: that determines the results besides scenes, seeds and models.
         measure: makes them from a batch and its coarse masks.
     """
     source, rule = lab.source(kind), lab.background(kind)
+    models = lab.models.identity(lab.features)
     for start in range(0, len(source.ids), BATCH):
         ids = source.ids[start : start + BATCH]
         described = {
             **what,
             "source": source.describe(),
             "background": rule.value,
-            "generator": lab.models.generator_identity,
+            "models": models,
             "ids": list(ids),
         }
         saved = lab.store.load(area, described)

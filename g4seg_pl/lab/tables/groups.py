@@ -56,16 +56,21 @@ def per_mask(before: Scores, after: Scores) -> PerMask:
 
 def clustered_mean(
     values: Floats, image: NDArray[np.int64], images: int, resamples: int
-) -> tuple[float, float]:
-    """Return the mean over masks and its standard error by resampling images."""
+) -> tuple[float, float | None]:
+    """Return the mean over masks and its standard error by resampling images.
+
+    The masks of a single image say nothing about others: the error is None.
+    """
+    mean = float(values.mean())
+    if len(np.unique(image)) < 2:
+        return mean, None
     sums = np.bincount(image, values, minlength=images)
     counts = np.bincount(image, minlength=images)
     rng = np.random.default_rng(0)
     weights = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
     draws = divide(weights @ sums, weights @ counts)
     finite = draws[~np.isnan(draws)]
-    error = float(finite.std(ddof=1)) if len(finite) > 1 else float("nan")
-    return float(values.mean()), error
+    return mean, float(finite.std(ddof=1)) if len(finite) > 1 else None
 
 
 def groups_of(masks: PerMask) -> dict[str, Bools]:
@@ -86,7 +91,7 @@ def groups_of(masks: PerMask) -> dict[str, Bools]:
 
 
 def group_rows(
-    lab: Lab, kind: SeedKind, way: str, before: Sequence[Scores], after: Sequence[Scores]
+    lab: Lab, kind: str, way: str, before: Sequence[Scores], after: Sequence[Scores]
 ) -> list[dict[str, Cell]]:
     """Rows of one way: mean gain in IoU of a mask by group, and gain in trimap IoU by width."""
     seed, ours = pooled(before), pooled(after)

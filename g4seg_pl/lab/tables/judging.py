@@ -120,7 +120,6 @@ def judge(lab: Lab, kind: SeedKind, how: Measurement, evidence: ClassEvidence) -
         return found | {"empty": torch.zeros_like(found["seed"])}
 
     described = [[way.name, way.describe()] for way in ways]
-    described.append(["features", describe(lab.features)])
     explained = explain(lab, kind, described, candidates, how)
     true = explain(lab, kind, "truth and spoilt", true_and_spoilt, how)
     # The last is the empty mask.
@@ -288,7 +287,7 @@ def _choice_rows(lab: Lab, found: Judged) -> Iterator[dict[str, Cell]]:
     ious = 100 * found.ious[: found.ways]
     every = np.arange(ious.shape[1])
 
-    def gain(values: Floats) -> tuple[float, float]:
+    def gain(values: Floats) -> tuple[float, float | None]:
         return clustered_mean(values - ious[0], found.image, lab.images, lab.resamples)
 
     row: dict[str, Cell] = {"what": "mean IoU gain of the mask chosen", "n": len(every)}

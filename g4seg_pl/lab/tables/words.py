@@ -41,7 +41,11 @@ def prompts_and_injections(way: Way) -> list[Way]:
         variants["self-attention only"] = [replace(first, inject_cross_attention=False)]
         variants["cross-attention only"] = [replace(first, inject_self_attention=False)]
     if isinstance(first, Affinity):
-        variants["classes in the prompt"] = [replace(first, prompt="classes")]
+        # The prompt that it does not have; the one it has is the row of the right class.
+        if first.prompt == "empty":
+            variants["classes in the prompt"] = [replace(first, prompt="classes")]
+        else:
+            variants["empty prompt"] = [replace(first, prompt="empty")]
     return [
         Way(f"{way.name}, {name}", tuple(stages), way.background)
         for name, stages in variants.items()
