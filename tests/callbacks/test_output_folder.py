@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from g4seg_pl.callbacks.crf import DenseCRF
 from g4seg_pl.callbacks.output_folder import OutputFolder, SoftFormat, summarise
 from g4seg_pl.callbacks.palette import voc_palette
 from g4seg_pl.callbacks.records import RecordFile, read_records
@@ -177,6 +178,16 @@ def test_differences_are_named_and_speed_does_not_count() -> None:
     ours = {"update": describe(Correspondence(beta=0.8)), "batch_size": 4, "new": 1}
     theirs = {"update": describe(Correspondence()), "batch_size": 1}
     assert differing_keys(ours, theirs) == ["update.init_args.beta", "new"]
+
+
+def test_what_stands_in_lists_is_compared_like_all_else() -> None:
+    ours = {"changed_by": [describe(DenseCRF(processes=0))], "classes": ["cat", "dog", "cow"]}
+    theirs = {"changed_by": [describe(DenseCRF(processes=4))], "classes": ["cat", "dog", "cow"]}
+    assert differing_keys(ours, theirs) == []
+    theirs = {"changed_by": [describe(DenseCRF("irn"))], "classes": ["dog", "cat", "cow"]}
+    assert differing_keys(ours, theirs)[1:] == ["classes"]
+    assert differing_keys(ours, theirs)[0].startswith("changed_by[0].init_args.")
+    assert differing_keys(ours, {"changed_by": [], "classes": ours["classes"]}) == ["changed_by"]
 
 
 def test_soft_maps_are_read_back_as_seeds(tmp_path: Path) -> None:
