@@ -18,6 +18,7 @@ from g4seg_pl.callbacks.palette import voc_palette
 from g4seg_pl.callbacks.records import RecordFile, read_records
 from g4seg_pl.callbacks.run_record import describe, differing_keys
 from g4seg_pl.core.steps import Correspondence
+from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.types import BadItemError, RefinedMask
 
 
@@ -158,6 +159,29 @@ def test_image_half_forgotten_is_not_finished(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="soft"):
         folder.forget(["a.b"])
     assert folder.finished() == set()
+
+
+def test_clearing_removes_what_a_kill_left_before_its_mask(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path, "npz")
+    for image_id in ("a.b", "c/d"):
+        folder.save(refined(image_id))
+        folder.mask_path(image_id).unlink()
+    with room_for(20), pytest.raises(OSError, match="too large"):
+        folder.save(refined("e"))
+    with room_for(20), pytest.raises(OSError, match="too large"):
+        OutputFolder(tmp_path).save(refined("e"))
+    (tmp_path / "soft" / "notes.txt").touch()
+    folder.clear()
+    assert files_below(tmp_path) == {"notes.txt"}
+
+
+@pytest.mark.parametrize(("before", "after"), [("npz", "irn"), ("irn", "npz")])
+def test_soft_maps_in_another_form_are_not_left_beside_the_new_ones(
+    tmp_path: Path, before: SoftFormat, after: SoftFormat
+) -> None:
+    for form in (before, after):
+        OutputFolder(tmp_path, form).save(refined())
+    assert LabelFolder(tmp_path).soft_file("a.b") == OutputFolder(tmp_path, after).soft_path("a.b")
 
 
 def test_summary_takes_the_last_record_of_each_image(tmp_path: Path) -> None:

@@ -88,6 +88,16 @@ def test_overriding_shards_drop_what_another_configuration_made_once(tmp_path: P
     assert [record["shard"], record["continued"][0]["shard"]] == ["1/2", "2/2"]
 
 
+def test_overriding_removes_soft_maps_that_a_kill_left_without_masks(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path, "npz")
+    folder.make()
+    folder.soft_path("a").write_bytes(b"of nobody known")
+    start(folder, 0, None, override=True)
+    assert folder.soft_path("a").exists()  # no run.json told of it
+    start(folder, 1, None, override=True)
+    assert not folder.soft_path("a").exists()
+
+
 def test_lock_is_waited_for_and_then_complained_about(tmp_path: Path) -> None:
     with (
         folder_lock(tmp_path),
