@@ -90,6 +90,20 @@ def test_scores_are_told_before_they_are_written(
     assert "No space left" in printed.err
 
 
+def test_a_full_disk_is_named_though_nothing_more_can_be_written_there(
+    sd1_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("g4seg_pl.callbacks.output_folder.write_bytes_atomically", full)
+    monkeypatch.setattr("g4seg_pl.callbacks.processes.ProcessFiles.finish", full)
+    assert main(words("predict", sd1_folder, "out")) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in last
+    assert "cannot be written to out: [Errno 28] No space left on device" in last
+
+
 def test_a_progress_bar_can_be_switched_off_or_be_another(
     sd1_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -184,7 +185,9 @@ class MaskWriter(BasePredictionWriter):
             self._close()
         except G4SegError as error:  # beside the one that ends the run
             print(f"error: {error}", file=sys.stderr)
-        self._processes.finish(trainer.global_rank, failed=True)
+        # On a full disk that fails too, and would hide what ends the run.
+        with suppress(OSError):
+            self._processes.finish(trainer.global_rank, failed=True)
 
     def _restore_limit(self, trainer: pl.Trainer) -> None:
         """Let the same trainer predict again, where this run had nothing to do."""

@@ -19,7 +19,7 @@ from g4seg_pl.callbacks.records import RecordFile, read_records
 from g4seg_pl.callbacks.run_record import describe, differing_keys
 from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.segmentation.label_folder import LabelFolder
-from g4seg_pl.types import BadItemError, RefinedMask
+from g4seg_pl.types import BadItemError, G4SegError, RefinedMask
 
 
 def refined(image_id: str = "a.b") -> RefinedMask:
@@ -196,6 +196,12 @@ def test_summary_takes_the_last_record_of_each_image(tmp_path: Path) -> None:
     assert [record["id"] for record in read_records(tmp_path)] == ["a.b", "a.b", "c"]
     assert summary.failed == {"c": "missing"}
     assert str(summary) == "done 1 / skipped 0 / failed 1 / total 3 (1 not tried)"
+
+
+def test_record_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    records = RecordFile(tmp_path / "records.rank0.jsonl")
+    with room_for(20), pytest.raises(G4SegError, match=r"records\.rank0\.jsonl cannot be written"):
+        records.add("a.b", error="unreadable")
 
 
 def test_differences_are_named_and_speed_does_not_count() -> None:
