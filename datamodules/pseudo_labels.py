@@ -29,14 +29,16 @@ from g4seg_pl.segmentation.sampling import EpochSampler
 from g4seg_pl.segmentation.soft_targets import reading_of
 from g4seg_pl.types import ConfigurationError
 
+_COMPACT = ("soft_planes", "soft_labels")  # see collate_compact
+
 
 class PseudoLabelDataModule(LightningDataModule):
     """What `g4seg predict` wrote, as training data for any segmentation network.
 
     A training batch is `{"image": float (B, 3, S, S), "mask": long (B, S, S)}`, with `soft`, float
     `(B, C, S, S)`, if asked for; images are normalised by ImageNet's statistics, 255 is ignored.
-    Soft maps get this form on their way to the device; without a Trainer, pass each batch of
-    `train_dataloader` through `transfer_batch_to_device`.
+    Soft maps get this form on their way to the device; without a Trainer that was given this
+    DataModule, pass each batch of `train_dataloader` through `transfer_batch_to_device`.
     Validation and test batches have images at their own size and their `image_id`.
 
     Args:
@@ -186,18 +188,29 @@ class PseudoLabelDataModule(LightningDataModule):
         )
 
     def transfer_batch_to_device(
-        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
-    ) -> dict[str, Any]:
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
         """Move a batch, and give its soft maps their place among all labels there.
+
+        A dictionary or list of batches, as combined loaders give, is gone through.
 
         Here, since ``(B, 81, S, S)`` of COCO would fill the memory that workers share; not after
         the transfer, since that hook is where a user's own module augments.
         """
-        moved: dict[str, Any] = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if "soft_planes" in moved:
-            labels = moved.pop("soft_labels")
-            moved["soft"] = self.training_images.place(labels, moved.pop("soft_planes"))
-        return moved
+        return self._placed(super().transfer_batch_to_device(batch, device, dataloader_idx))
+
+    def _placed(self, batch: Any) -> Any:
+        """A batch, or several in one, whose `soft_planes` have become `soft`."""
+        kind = type(batch)
+        if kind is list or kind is tuple:
+            return kind(map(self._placed, batch))
+        if kind is not dict:
+            return batch
+        if "soft_planes" not in batch:
+            return {name: self._placed(each) for name, each in batch.items()}
+        kept = {name: each for name, each in batch.items() if name not in _COMPACT}
+        soft = self.training_images.place(batch["soft_labels"], batch["soft_planes"])
+        return kept | {"soft": soft}
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Whole pictures with truth; no loader if there is no validation data."""

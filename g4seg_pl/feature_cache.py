@@ -5,9 +5,11 @@ neither a changed image nor another model, size or number format finds it.
 """
 
 import hashlib
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from uuid import uuid4
 from zipfile import BadZipFile
 
@@ -23,6 +25,7 @@ from g4seg_pl.types import ConfigurationError
 
 # To be raised when a change of code changes what networks make of an image.
 _FORMAT = 1
+_PROBE = bytes(2**16)  # more than a full disk may still have in a block begun
 _PLAIN = (str, int, float, type(None))
 _DECODING = ("decoder", "post_quant_conv")
 # What numpy and zipfile raise about a file that is cut short, flipped, or of another kind.
@@ -54,6 +57,7 @@ class FeatureCache:
         """
         self.folder = folder
         self.identity = identity
+        self._writable = True
 
     def fetch(
         self,
@@ -64,7 +68,8 @@ class FeatureCache:
         """Return what ``compute`` makes of images, float32, computing only what is not kept.
 
         A file that is damaged or was put there by something else is written anew. What float16
-        cannot hold is not kept.
+        cannot hold is not kept. If the disk refuses a file, standard error says so once,
+        and nothing more is kept.
 
         Args:
             name: of the quantity.
@@ -106,6 +111,16 @@ class FeatureCache:
         half = row.half()
         if not half.isfinite().all():
             return row
+        if self._writable:
+            try:
+                self._write(key, half)
+            except OSError as error:  # it only costs the next run time
+                self._writable = False
+                problem = f"cache_features {self.folder} cannot be written ({error})"
+                print(f"{problem}: no more is kept, and the run goes on", file=sys.stderr)
+        return half.float()
+
+    def _write(self, key: str, half: Tensor) -> None:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: another process may be writing the same image.
@@ -116,7 +131,6 @@ class FeatureCache:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        return half.float()
 
 
 def open_cache(folder: str, vae: AutoencoderKL, features: DenseFeatures) -> FeatureCache:
@@ -131,15 +145,19 @@ def open_cache(folder: str, vae: AutoencoderKL, features: DenseFeatures) -> Feat
 
 
 def check_folder(folder: str) -> None:
-    """Make the folder, or refuse one that cannot be.
+    """Make the folder, or refuse one that cannot be made or written to.
 
     Raises:
         ConfigurationError: names it.
     """
+    place, what = Path(folder).expanduser(), "made"
     try:
-        Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
+        what = "written"
+        with TemporaryFile(dir=place) as probe:  # it is gone when it is closed, or after a kill
+            probe.write(_PROBE)
     except OSError as error:
-        message = f"cache_features {folder} cannot be made ({error}); give a folder to write to"
+        message = f"cache_features {folder} cannot be {what} ({error}); give a folder to write to"
         raise ConfigurationError(message) from error
 
 

@@ -249,6 +249,29 @@ def test_another_writer_in_the_midst_of_writing_does_no_harm(
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
 
 
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = images_of()
+    kept = FeatureCache(tmp_path, "a").fetch("latents", images[:1], Counting())
+
+    def full(stream: Any, **_: Any) -> None:
+        stream.write(b"half of ")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_cache.np, "savez", full)
+    cache, network = FeatureCache(tmp_path, "a"), Counting()
+    found = cache.fetch("latents", images, network)
+    cache.fetch("latents", images, network)
+    assert torch.equal(found, (images * network.factor).half().float())
+    assert torch.equal(found[:1], kept)
+    assert network.seen == 2 + 2  # what was kept before serves on
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cache_features {tmp_path} cannot be written" in line
+    assert "No space left" in line
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".npz"]
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
@@ -286,3 +309,17 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="give a folder to write to"):
         check_folder(str(tmp_path / "file" / "kept"))
+
+
+def test_folder_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_folder(str(tmp_path / "kept"))
+    assert not list((tmp_path / "kept").iterdir())
+
+    def read_only(**options: Any) -> None:
+        raise OSError(30, "Read-only file system", str(options["dir"]))
+
+    monkeypatch.setattr(feature_cache, "TemporaryFile", read_only)
+    with pytest.raises(ConfigurationError, match=r"cache_features .*kept cannot be written.*Read-"):
+        check_folder(str(tmp_path / "kept"))

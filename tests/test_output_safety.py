@@ -11,6 +11,7 @@ from fake_voc import write_voc
 
 import g4seg_pl.cli
 from datamodules.classes import read_class_list
+from g4seg_pl.callbacks.folder_lock import ProcessLock
 from g4seg_pl.main import main
 
 
@@ -88,6 +89,40 @@ def test_scores_are_told_before_they_are_written(
     printed = capsys.readouterr()
     assert "refined" in printed.out
     assert "No space left" in printed.err
+
+
+def test_a_full_disk_is_named_though_nothing_more_can_be_written_there(
+    sd1_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("g4seg_pl.callbacks.output_folder.write_bytes_atomically", full)
+    monkeypatch.setattr("g4seg_pl.callbacks.processes.ProcessFiles.finish", full)
+    assert main(words("predict", sd1_folder, "out")) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in last
+    assert "cannot be written to out: [Errno 28] No space left on device" in last
+
+
+def test_a_part_that_is_being_made_is_not_made_a_second_time(
+    tree: Path,
+    sd1_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("g4seg_pl.callbacks.folder_lock.HANDOVER", 0)
+    (tree / "out").mkdir()
+    other = ProcessLock(tree / "out" / ".lock.rank0")
+    assert other.take()
+    assert main(words("predict", sd1_folder, "out")) == 1
+    assert "out: another run over the same part of the data" in capsys.readouterr().err
+    assert not masks(tree / "out")
+    assert main(words("predict", sd1_folder, "out", "--data.shard", "1/3")) == 0
+    other.release()
+    assert main(words("predict", sd1_folder, "out")) == 0
+    assert other.take()  # a run that has ended holds nothing
+    other.release()
 
 
 def test_a_progress_bar_can_be_switched_off_or_be_another(

@@ -12,7 +12,8 @@ With tars, see :mod:`g4seg_pl.callbacks.tar_folder`, masks and soft maps lie in 
 
 import io
 import os
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -27,6 +28,9 @@ from g4seg_pl.callbacks.tar_manifest import holds_tars, tar_files
 from g4seg_pl.types import BadItemError, RefinedMask
 
 SoftFormat = Literal["none", "npz", "clip_es", "irn"]
+
+SOFT_SUFFIXES = ("npz", "npy")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")  # see write_bytes_atomically
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,14 @@ class OutputFolder:
         """The label file of an image."""
         return self.masks / f"{image_id}.png"
 
+    @property
+    def soft_maps(self) -> Path:
+        """Where the soft maps lie."""
+        return self.root / "soft"
+
     def soft_path(self, image_id: str) -> Path:
         """The soft maps of an image."""
-        return self.root / "soft" / f"{image_id}.{self.soft_suffix}"
+        return self.soft_maps / f"{image_id}.{self.soft_suffix}"
 
     def finished(self) -> set[str]:
         """The ids of all finished images, from listings alone: no file is looked at."""
@@ -119,18 +128,30 @@ class OutputFolder:
         """Make the folders."""
         self.masks.mkdir(parents=True, exist_ok=True)
         if self.soft != "none":
-            (self.root / "soft").mkdir(exist_ok=True)
+            self.soft_maps.mkdir(exist_ok=True)
 
     def forget(self, ids: Collection[str]) -> None:
         """Remove the masks and soft maps of the given images, masks first."""
         for image_id in ids:
             self.mask_path(image_id).unlink(missing_ok=True)
-            for suffix in ("npz", "npy"):
-                (self.root / "soft" / f"{image_id}.{suffix}").unlink(missing_ok=True)
+            self._forget_soft(image_id, SOFT_SUFFIXES)
+
+    def _forget_soft(self, image_id: str, suffixes: Iterable[str]) -> None:
+        """Remove an image's soft maps of some forms."""
+        for suffix in suffixes:
+            (self.soft_maps / f"{image_id}.{suffix}").unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove every mask, in files and in tars, with its soft maps."""
+        """Remove every mask, in files and in tars, and every soft map.
+
+        A kill may have left soft maps without a mask, and files under temporary names.
+        """
         OutputFolder.forget(self, set(_ids_below(self.masks)))
+        for folder, suffixes in ((self.masks, ()), (self.soft_maps, SOFT_SUFFIXES)):
+            for name in list(_files_below(folder)):
+                path = folder / name
+                if path.suffix[1:] in suffixes or _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
         for path in tar_files(self.masks):
             path.unlink(missing_ok=True)
 
@@ -158,6 +179,9 @@ class OutputFolder:
         """
         require_file_name(mask.image_id)
         for suffix, content in self.contents(mask).items():
+            if suffix in SOFT_SUFFIXES:  # one of another form might be read in place of this one
+                others = (other for other in SOFT_SUFFIXES if other != suffix)
+                self._forget_soft(mask.image_id, others)
             path = self.mask_path if suffix == "png" else self.soft_path
             write_bytes_atomically(path(mask.image_id), content)
 
@@ -194,16 +218,23 @@ class _Files:
         """Nothing is open."""
 
 
-def _ids_below(folder: str | Path, prefix: str = "") -> Iterator[str]:
+def _ids_below(folder: str | Path) -> Iterator[str]:
     """Names without ``.png`` of the label files in a folder and in those below it."""
+    for name in _files_below(folder):
+        if name.endswith(".png"):
+            yield name.removesuffix(".png")
+
+
+def _files_below(folder: str | Path, prefix: str = "") -> Iterator[str]:
+    """Names of the files in a folder, which need not exist, and in those below it."""
     if not Path(folder).is_dir():
         return
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
-                yield from _ids_below(entry.path, f"{prefix}{entry.name}/")
-            elif entry.name.endswith(".png"):
-                yield prefix + entry.name.removesuffix(".png")
+                yield from _files_below(entry.path, f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name
 
 
 def _soft_arrays(mask: RefinedMask) -> dict[str, NDArray[Any]]:

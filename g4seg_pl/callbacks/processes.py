@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from g4seg_pl.callbacks.folder_lock import ProcessLock
+
 POLL_SECONDS = 0.2
 _FAILED = "failed"
 
@@ -31,6 +33,10 @@ class ProcessFiles:
     def record(self, rank: int) -> Path:
         """The record file of a process; it grows with every image."""
         return self.root / f"records.{self.name(rank)}.jsonl"
+
+    def lock(self, rank: int) -> ProcessLock:
+        """What keeps a second process of this name out of the folder."""
+        return ProcessLock(self.root / f".lock.{self.name(rank)}")
 
     def marker(self, rank: int) -> Path:
         """The file by which a process says that it has written all it will."""

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from g4seg_pl.types import G4SegError
+
 
 class RecordFile:
     """Append-only JSON lines of one process; every line is on disk when `add` returns.
@@ -28,14 +30,22 @@ class RecordFile:
                 file.write(b"\n")
 
     def add(self, image_id: str, error: str | None = None, **details: Any) -> None:
-        """Append the record of one image; ``error`` makes it a failure."""
+        """Append the record of one image, see `write`; ``error`` makes it a failure."""
         self.write(new_record(image_id, error, **details))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record."""
+        """Append a record.
+
+        Raises:
+            G4SegError: the disk refuses.
+        """
         line = json.dumps(record)
-        with self._lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self._lock, self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            msg = f"the record of {record['id']}: {self.path} cannot be written: {error}"
+            raise G4SegError(msg) from error
 
 
 def new_record(image_id: str, error: str | None = None, **details: Any) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def refuse_own_inputs(folder: OutputFolder, datamodule: Any) -> None:
     Raises:
         ConfigurationError: names the argument; files of one name would be replaced, or removed.
     """
-    ours = [path.resolve() for path in (folder.masks, folder.root / "soft")]
+    ours = [path.resolve() for path in (folder.masks, folder.soft_maps)]
     for name in ("root", "seeds", "truth"):
         place = getattr(datamodule, name, None)
         if isinstance(place, Path) and any(place.resolve().is_relative_to(each) for each in ours):
@@ -121,8 +121,10 @@ def make_room(folder: OutputFolder, config: Json, ids: Collection[str]) -> None:
     Raises:
         ConfigurationError: there are masks that no run.json tells of.
     """
-    if not folder.run_json.exists() and folder.holds_masks():
-        raise ConfigurationError(_nobodys(folder))
+    if not folder.run_json.exists():
+        if folder.holds_masks():
+            raise ConfigurationError(_nobodys(folder))
+        return
     if _made_by(folder, config):
         folder.forget(folder.finished() & set(ids))
     else:

@@ -108,8 +108,10 @@ def differing_keys(ours: Json, theirs: Json, prefix: str = "") -> list[str]:
         prefix: of the names.
 
     Returns:
-        names in order of appearance; those in ``NOT_COMPARED`` are passed over.
+        names in order of appearance; those in ``NOT_COMPARED`` are passed over, within lists too.
     """
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return _differing_items(ours, theirs, prefix)
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return [] if ours == theirs else [prefix]
     names = [name for name in dict.fromkeys([*ours, *theirs]) if name not in NOT_COMPARED]
@@ -121,6 +123,15 @@ def differing_keys(ours: Json, theirs: Json, prefix: str = "") -> list[str]:
         else:
             found.append(dotted)
     return found
+
+
+def _differing_items(ours: list[Json], theirs: list[Json], prefix: str) -> list[str]:
+    """The same for two lists of one length; plain items have no name but the list's."""
+    found: list[str] = []
+    for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        nested = isinstance(one, dict | list)
+        found += differing_keys(one, other, f"{prefix}[{index}]" if nested else prefix)
+    return list(dict.fromkeys(found))
 
 
 def environment() -> dict[str, Json]:

@@ -62,7 +62,8 @@ class TarFolder(OutputFolder):
     def mend(self, *, shard: str | None) -> None:
         """Finish tars that killed runs left, and say which tars are missing or were cut short.
 
-        What is whole in them is kept. Tars that another run is filling are left alone.
+        What is whole in them is kept, of an image that two runs made the copy in the first tar: who
+        reads the tars could not tell which counts. Tars that another run is filling are left alone.
 
         Args:
             shard: the part of the data that this run is over; it matters where the file system
@@ -76,6 +77,23 @@ class TarFolder(OutputFolder):
             unfinished_path(self.masks, stem).unlink(missing_ok=True)
         for tar in stored_tars(self.masks):
             _mend(tar, ours=tar.stem.startswith(prefix))
+        self._drop_second_copies()
+
+    def _drop_second_copies(self) -> None:
+        """Write tars anew without the images of earlier ones, and say so."""
+        seen: set[str] = set()
+        for tar in stored_tars(self.masks):
+            if tar.state != "whole":
+                continue
+            ids = set(tar.ids)
+            if again := ids & seen:
+                print(
+                    f"{tar.path}: {len(again)} images lie in another tar too, made by two runs at "
+                    "once; these copies are dropped",
+                    file=sys.stderr,
+                )
+                without(tar, [each for each in tar.samples if each.image_id not in again])
+            seen |= ids
 
     def sink(self, process: str) -> MaskSink:
         """Where a process puts its masks; see the class."""

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from g4seg_pl.callbacks.folder_lock import ProcessLock
 from g4seg_pl.callbacks.output_folder import (
     MaskSink,
     OutputFolder,
@@ -94,6 +96,7 @@ class MaskWriter(BasePredictionWriter):
         self._folder = _folder(self.out, soft, tar)
         self._sink: MaskSink | None = None
         self._processes = ProcessFiles(self.out)
+        self._lock: ProcessLock | None = None
         self._ids: tuple[str, ...] = ()
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[Future[None]] = deque()
@@ -111,16 +114,17 @@ class MaskWriter(BasePredictionWriter):
         datamodule = _require_datamodule(trainer)
         refuse_own_inputs(self._folder, datamodule)
         config = configuration(trainer, self.soft, tars=self.tar is not None)
+        shard, keep = shard_of(datamodule), not self.override
+        self._processes = ProcessFiles(self.out, shard)
+        self._hold(trainer)  # before looking at what is finished
         datamodule.exclude(())  # what an earlier run in this process left out counts again
         self._ids = tuple(item.image_id for item in datamodule.items)
-        shard, keep = shard_of(datamodule), not self.override
         find = partial(finished_by, shared=shard is not None)
         self.skipped = find(self._folder, config, self._ids) if keep else frozenset()
         datamodule.exclude(self.skipped)
         self._limit = trainer.limit_predict_batches
         _suit_to_what_is_left(len(self._ids) - len(self.skipped), trainer)
         self._folder.make()
-        self._processes = ProcessFiles(self.out, shard)
         self._processes.begin(trainer.global_rank)
         if trainer.is_global_zero:
             run = (config, self._ids, pl_module, datamodule)
@@ -172,6 +176,7 @@ class MaskWriter(BasePredictionWriter):
             summary = summarise(self._folder, self._ids, self.skipped)
             self.summary = replace(summary, lost_processes=lost)
             print_summary(self.summary)
+        self._release()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -179,12 +184,39 @@ class MaskWriter(BasePredictionWriter):
         """Let files already handed over be written; rank 0 need not wait for this process."""
         self._restore_limit(trainer)
         if self._pool is None:
+            self._release()
             return
         try:
             self._close()
         except G4SegError as error:  # beside the one that ends the run
             print(f"error: {error}", file=sys.stderr)
-        self._processes.finish(trainer.global_rank, failed=True)
+        # On a full disk that fails too, and would hide what ends the run.
+        with suppress(OSError):
+            self._processes.finish(trainer.global_rank, failed=True)
+        self._release()
+
+    def _hold(self, trainer: pl.Trainer) -> None:
+        """Keep others off this process's part until the run ends.
+
+        Raises:
+            ConfigurationError: on every process, another has the part of one of them.
+        """
+        self._release()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = self._processes.lock(trainer.global_rank)
+        # Told to all, or those that could go on would wait for the others.
+        if not trainer.strategy.reduce_boolean_decision(self._lock.take()):
+            message = (
+                f"out: another run over the same part of the data writes into {self.out}, or a "
+                f"process that it left behind ({self._lock.path.name} or another rank's is held): "
+                "end it or wait for it, or use another out"
+            )
+            raise ConfigurationError(message)
+
+    def _release(self) -> None:
+        """Let others make this process's part."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _restore_limit(self, trainer: pl.Trainer) -> None:
         """Let the same trainer predict again, where this run had nothing to do."""

@@ -69,7 +69,8 @@ class LabelTars:
             if other[0] is not archive:
                 msg = (
                     f"{self._argument}: image {image_id} is there twice, in {other[0].url} and in "
-                    f"{archive.url}. Keep one of them"
+                    f"{archive.url}. Keep one of them; where g4seg predict wrote them, the same "
+                    "command again does that"
                 )
                 raise ConfigurationError(msg)
 

@@ -5,8 +5,9 @@ map ``(B, C, H, W)`` (each pixel's probabilities, background first) or None, and
 A batch in which no pixel counts gives 0.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -129,6 +130,22 @@ class SoftCrossEntropy:
         against_soft = soft_cross_entropy(logits, target, counted)
         against_labels = weighted_cross_entropy(logits, mask, counted)
         return self.soft_share * against_soft + (1 - self.soft_share) * against_labels
+
+
+def soft_maps(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return the soft map of a training batch ``(B, C, H, W)``; None if it has none.
+
+    Raises:
+        ConfigurationError: it is as the loader's workers send it, planes of a few labels.
+    """
+    if "soft_planes" in batch:
+        msg = (
+            "batch: it has soft_planes in place of soft, which the DataModule's "
+            "transfer_batch_to_device makes of them: give the Trainer the DataModule itself, not "
+            "its loader, or call that"
+        )
+        raise ConfigurationError(msg)
+    return batch.get("soft")
 
 
 def require_soft(soft: Tensor | None, loss: object) -> Tensor:

@@ -17,7 +17,7 @@ from g4seg_pl.segmentation.inference import (
     present_classes,
     sharpen_probabilities,
 )
-from g4seg_pl.segmentation.losses import CrossEntropy, SegmentationLoss
+from g4seg_pl.segmentation.losses import CrossEntropy, SegmentationLoss, soft_maps
 from g4seg_pl.segmentation.optimisation import (
     HEADS,
     freeze_batch_norm,
@@ -164,10 +164,11 @@ class SegmentationModule(pl.LightningModule):
         """Return the loss of a batch.
 
         Raises:
-            ConfigurationError: the network's labels are not the data's.
+            ConfigurationError: the network's labels are not the data's, or the soft maps have not
+                got their form.
         """
         logits = self._checked(self(batch["image"]))
-        loss: Tensor = self.loss(logits, batch["mask"], batch.get("soft"))
+        loss: Tensor = self.loss(logits, batch["mask"], soft_maps(batch))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(logits))
         self._log_step()
         return loss

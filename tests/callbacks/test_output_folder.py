@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from g4seg_pl.callbacks.crf import DenseCRF
 from g4seg_pl.callbacks.output_folder import OutputFolder, SoftFormat, summarise
 from g4seg_pl.callbacks.palette import voc_palette
 from g4seg_pl.callbacks.records import RecordFile, read_records
 from g4seg_pl.callbacks.run_record import describe, differing_keys
 from g4seg_pl.core.steps import Correspondence
-from g4seg_pl.types import BadItemError, RefinedMask
+from g4seg_pl.segmentation.label_folder import LabelFolder
+from g4seg_pl.types import BadItemError, G4SegError, RefinedMask
 
 
 def refined(image_id: str = "a.b") -> RefinedMask:
@@ -159,6 +161,29 @@ def test_image_half_forgotten_is_not_finished(tmp_path: Path) -> None:
     assert folder.finished() == set()
 
 
+def test_clearing_removes_what_a_kill_left_before_its_mask(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path, "npz")
+    for image_id in ("a.b", "c/d"):
+        folder.save(refined(image_id))
+        folder.mask_path(image_id).unlink()
+    with room_for(20), pytest.raises(OSError, match="too large"):
+        folder.save(refined("e"))
+    with room_for(20), pytest.raises(OSError, match="too large"):
+        OutputFolder(tmp_path).save(refined("e"))
+    (tmp_path / "soft" / "notes.txt").touch()
+    folder.clear()
+    assert files_below(tmp_path) == {"notes.txt"}
+
+
+@pytest.mark.parametrize(("before", "after"), [("npz", "irn"), ("irn", "npz")])
+def test_soft_maps_in_another_form_are_not_left_beside_the_new_ones(
+    tmp_path: Path, before: SoftFormat, after: SoftFormat
+) -> None:
+    for form in (before, after):
+        OutputFolder(tmp_path, form).save(refined())
+    assert LabelFolder(tmp_path).soft_file("a.b") == OutputFolder(tmp_path, after).soft_path("a.b")
+
+
 def test_summary_takes_the_last_record_of_each_image(tmp_path: Path) -> None:
     folder, records = OutputFolder(tmp_path), RecordFile(tmp_path / "records.rank0.jsonl")
     records.add("a.b", error="unreadable")
@@ -173,10 +198,26 @@ def test_summary_takes_the_last_record_of_each_image(tmp_path: Path) -> None:
     assert str(summary) == "done 1 / skipped 0 / failed 1 / total 3 (1 not tried)"
 
 
+def test_record_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    records = RecordFile(tmp_path / "records.rank0.jsonl")
+    with room_for(20), pytest.raises(G4SegError, match=r"records\.rank0\.jsonl cannot be written"):
+        records.add("a.b", error="unreadable")
+
+
 def test_differences_are_named_and_speed_does_not_count() -> None:
     ours = {"update": describe(Correspondence(beta=0.8)), "batch_size": 4, "new": 1}
     theirs = {"update": describe(Correspondence()), "batch_size": 1}
     assert differing_keys(ours, theirs) == ["update.init_args.beta", "new"]
+
+
+def test_what_stands_in_lists_is_compared_like_all_else() -> None:
+    ours = {"changed_by": [describe(DenseCRF(processes=0))], "classes": ["cat", "dog", "cow"]}
+    theirs = {"changed_by": [describe(DenseCRF(processes=4))], "classes": ["cat", "dog", "cow"]}
+    assert differing_keys(ours, theirs) == []
+    theirs = {"changed_by": [describe(DenseCRF("irn"))], "classes": ["dog", "cat", "cow"]}
+    assert differing_keys(ours, theirs)[1:] == ["classes"]
+    assert differing_keys(ours, theirs)[0].startswith("changed_by[0].init_args.")
+    assert differing_keys(ours, {"changed_by": [], "classes": ours["classes"]}) == ["changed_by"]
 
 
 def test_soft_maps_are_read_back_as_seeds(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """Several runs in one output folder: who writes run.json, and who is refused."""
 
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import environment
 
-from g4seg_pl.callbacks.folder_lock import folder_lock
+from g4seg_pl.callbacks.folder_lock import ProcessLock, folder_lock
 from g4seg_pl.callbacks.output_folder import OutputFolder
 from g4seg_pl.callbacks.records import RecordFile, last_records, read_records
 from g4seg_pl.callbacks.resume import finished_by, open_run
@@ -88,6 +91,16 @@ def test_overriding_shards_drop_what_another_configuration_made_once(tmp_path: P
     assert [record["shard"], record["continued"][0]["shard"]] == ["1/2", "2/2"]
 
 
+def test_overriding_removes_soft_maps_that_a_kill_left_without_masks(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path, "npz")
+    folder.make()
+    folder.soft_path("a").write_bytes(b"of nobody known")
+    start(folder, 0, None, override=True)
+    assert folder.soft_path("a").exists()  # no run.json told of it
+    start(folder, 1, None, override=True)
+    assert not folder.soft_path("a").exists()
+
+
 def test_lock_is_waited_for_and_then_complained_about(tmp_path: Path) -> None:
     with (
         folder_lock(tmp_path),
@@ -97,6 +110,44 @@ def test_lock_is_waited_for_and_then_complained_about(tmp_path: Path) -> None:
         pass
     with folder_lock(tmp_path, patience=0):
         assert (tmp_path / ".lock").exists()
+
+
+def test_one_process_at_a_time_holds_a_part(tmp_path: Path) -> None:
+    first, second, other = (ProcessLock(tmp_path / f".lock.rank{rank}") for rank in (0, 0, 1))
+    assert first.take(patience=0)
+    assert not second.take(patience=0)
+    assert other.take(patience=0)
+    first.release()
+    assert second.take(patience=0)
+    second.release()
+    other.release()
+
+
+FORKED = """
+import os, sys, time
+from pathlib import Path
+from g4seg_pl.callbacks.folder_lock import ProcessLock
+
+lock = ProcessLock(Path(sys.argv[1]))
+assert lock.take(patience=0)
+ready, told = os.pipe()
+if (child := os.fork()) == 0:  # as a worker that outlives a killed process
+    os.write(told, b"x")
+    time.sleep(60)
+    os._exit(0)
+os.read(ready, 1)
+assert not ProcessLock(lock.path).take(patience=0)  # the child did not unlock it
+lock.release()
+free = ProcessLock(lock.path).take(patience=0)
+os.kill(child, 9)
+os.waitpid(child, 0)
+sys.exit(not free)
+"""
+
+
+def test_workers_do_not_hold_on_to_what_their_process_held(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORKED, str(tmp_path / ".lock.rank0")]
+    assert subprocess.run(command, env=environment(), check=False).returncode == 0
 
 
 def test_two_writers_of_one_text_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tar_masks import IDS, die, files, fill, names, refined
 from g4seg_pl.callbacks.tar_folder import TarFolder
 from g4seg_pl.callbacks.tar_manifest import stored_tars
 from g4seg_pl.callbacks.tar_writer import TarSize
+from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.types import BadItemError, ConfigurationError
 
 
@@ -117,6 +118,28 @@ def test_missing_tar_is_named_and_its_images_are_to_be_made(
     folder.mend(shard=None)
     assert "rank0-000000.tar is missing, which held 5 images" in capsys.readouterr().err
     assert names(folder) == ["rank0-000001.jsonl", "rank0-000001.tar"]
+
+
+def test_second_copies_are_dropped_and_the_first_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = TarFolder(tmp_path, size=TarSize(images=3))
+    fill(folder, IDS[:4], "rank0").close()
+    before = files(folder.masks)
+    fill(folder, IDS[2:6], "rank1").close()  # of a run that went on beside the first
+    fill(folder, IDS[:1], "rank2").close()
+    with pytest.raises(ConfigurationError, match=r"is there twice.*g4seg predict"):
+        LabelFolder(tmp_path)
+    folder.mend(shard=None)
+    said = capsys.readouterr().err
+    assert "rank1-000000.tar: 2 images lie in another tar too" in said
+    assert "rank2-000000.tar: 1 images lie in another tar too" in said
+    assert before.items() <= files(folder.masks).items()  # each is there once
+    assert folder.finished() == set(IDS[:6])
+    assert [tar.state for tar in stored_tars(folder.masks)] == ["whole"] * 4
+    LabelFolder(tmp_path)
+    folder.mend(shard=None)
+    assert capsys.readouterr().err == ""
 
 
 def test_forgotten_images_leave_their_tars(tmp_path: Path) -> None:

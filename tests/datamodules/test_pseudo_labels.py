@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fake_voc import CLASSES, IDS, SIZES
+from lightning.pytorch.utilities import CombinedLoader
 from PIL import Image
 from segmentation.trees import data_module, label_file, write_tree
 
@@ -65,6 +66,21 @@ def test_workers_send_the_planes_of_the_images_own_labels(root: Path) -> None:
     items = [data.training_images[draw] for draw in loader.sampler]
     for name, tensor in moved.items():
         assert torch.equal(tensor, torch.stack([item[name] for item in items]))
+
+
+def test_batches_of_combined_loaders_have_soft_maps_too(root: Path) -> None:
+    data = data_module(root, soft=True)
+    data.setup("fit")
+    plain = data.val_dataloader()
+    loaders = {"a": data.train_dataloader(), "b": [data.train_dataloader(), plain]}
+    batch, _, _ = next(iter(CombinedLoader(loaders, "min_size")))
+    assert "soft" not in batch["a"]
+    moved = data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+    assert set(moved) == {"a", "b"}
+    for each in (moved["a"], moved["b"][0]):
+        assert set(each) == {"image", "mask", "soft"}
+        assert each["soft"].shape == (2, 21, 32, 32)
+    assert set(moved["b"][1]) == {"image", "mask", "image_id"}
 
 
 def test_missing_masks_are_named(root: Path) -> None:

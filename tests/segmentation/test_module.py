@@ -87,6 +87,14 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_soft_maps_that_are_still_planes_are_named(root: Path) -> None:
+    data = data_module(root, soft=True)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    with pytest.raises(ConfigurationError, match=r"soft_planes.*transfer_batch_to_device"):
+        small(loss=SoftCrossEntropy()).training_step(batch)
+
+
 def small(**changes: Any) -> SegmentationModule:
     """A module around the tiny network, always the same one."""
     torch.manual_seed(0)
