@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from g4seg_pl.callbacks.run_record import write_text_atomically
+from g4seg_pl.checkpoint_files import keep_checkpoints_whole
 from g4seg_pl.cli_errors import one_sentence
 from g4seg_pl.types import ConfigurationError, UsageError
 
@@ -76,6 +77,12 @@ class FitCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             raise ConfigurationError(one_sentence(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the trainer, which replaces checkpoints whole or not at all."""
+        trainer = super().instantiate_trainer(**kwargs)
+        keep_checkpoints_whole(trainer)
+        return trainer
 
 
 def main(args: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from g4seg_pl.callbacks.writer import MaskWriter
+from g4seg_pl.checkpoint_files import keep_checkpoints_whole
 from g4seg_pl.cli_errors import one_sentence
 from g4seg_pl.segmentation.module import SegmentationModule
 from g4seg_pl.segmentation.pictures import PictureLogger, batch_picture
@@ -94,6 +95,12 @@ class SegmentationCLI(LightningCLI):
             raise ConfigurationError(one_sentence(str(error))) from error
         if isinstance(self.model, SegmentationModule):
             self.model.restored_from = self._checkpoint()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the trainer, which replaces checkpoints whole or not at all."""
+        trainer = super().instantiate_trainer(**kwargs)
+        keep_checkpoints_whole(trainer)
+        return trainer
 
     def _checkpoint(self) -> str | None:
         """The checkpoint that the run begins with; the trainer looks for it after the setup."""

@@ -1,5 +1,6 @@
 """`g4seg fit` on a VOC tree of three images, then `g4seg predict` from its checkpoint."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,15 @@ def test_fit_then_predict(words: list[str], capsys: pytest.CaptureFixture[str]) 
         assert made["high_res"].shape == (len(labels), *size)
         assert made["high_res"].min() >= 0
         assert made["high_res"].max() <= 1
+
+
+def test_the_temporary_folder_has_no_part_in_checkpoints(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is another file system, a checkpoint moved out of it may be lost half way."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert fit(words, "--trainer.max_epochs", "1") == 0
+    assert sorted(path.name for path in Path("fit").iterdir()) == ["classifier.ckpt", "config.yaml"]
 
 
 def test_images_that_cannot_be_read_are_named(
