@@ -1,7 +1,6 @@
 """Writing refined masks while the prediction runs, so that it can be stopped and continued."""
 
 import math
-import signal
 import sys
 import time
 from collections import deque
@@ -36,15 +35,12 @@ from g4seg_pl.callbacks.resume import (
 )
 from g4seg_pl.callbacks.tar_folder import TarFolder
 from g4seg_pl.callbacks.tar_writer import TarSize
+from g4seg_pl.termination import status_of_end
 from g4seg_pl.types import BadItemError, ConfigurationError, FailedSample, G4SegError, RefinedMask
 
 __all__ = ["MaskWriter", "background_rule", "json_text", "print_summary"]
 
 SHOWN_FAILURES = 20
-
-
-TERMINATED = 128 + signal.SIGTERM
-"""The exit status of a process that SIGTERM ended."""
 
 
 class MaskWriter(BasePredictionWriter):
@@ -157,7 +153,7 @@ class MaskWriter(BasePredictionWriter):
         # Bounded, or a slow disk would let finished masks pile up in memory.
         self._collect(leave=0 if stop else 4 * self.threads)
         if stop:
-            raise SystemExit(TERMINATED)
+            raise SystemExit(status_of_end(trainer))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish writing; rank 0 waits for the others' files and prints the last line."""

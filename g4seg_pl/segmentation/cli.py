@@ -18,6 +18,7 @@ from g4seg_pl.checkpoint_files import keep_checkpoints_whole
 from g4seg_pl.cli_errors import one_sentence
 from g4seg_pl.segmentation.module import SegmentationModule
 from g4seg_pl.segmentation.pictures import PictureLogger, batch_picture
+from g4seg_pl.termination import BEGINS_ANEW, how_to_go_on, told_by_status
 from g4seg_pl.types import ConfigurationError, G4SegError, UsageError
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -112,6 +113,22 @@ class SegmentationCLI(LightningCLI):
         last = Path(config.run) / "last.ckpt"
         return str(last) if last.is_file() else None
 
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a run that SIGTERM ends says so."""
+        kept = Path(self.config.fit.run) / "last.ckpt"
+        with told_by_status(self.trainer, lambda: how_to_go_on(kept)):
+            self.trainer.fit(**kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Score; a run that SIGTERM ends says so."""
+        with told_by_status(self.trainer, lambda: BEGINS_ANEW):
+            self.trainer.validate(**kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Score; a run that SIGTERM ends says so."""
+        with told_by_status(self.trainer, lambda: BEGINS_ANEW):
+            self.trainer.test(**kwargs)
+
     def predict(self, **kwargs: Any) -> None:
         """Predict without keeping the predictions in memory."""
         self.trainer.predict(return_predictions=False, **kwargs)
@@ -138,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 if something asked for cannot be done; 2 if there is no such subcommand, or its
         arguments cannot be parsed.
+
+    Raises:
+        SystemExit: the process was asked to end (SIGTERM).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in (*COMMANDS, "show"):

@@ -23,6 +23,7 @@ from segmentation.trees import label_file, write_tree
 
 from g4seg_pl.checkpoint_files import WholeCheckpointIO
 from g4seg_pl.segmentation.cli import main, run
+from g4seg_pl.segmentation.pictures import PictureLogger
 from g4seg_pl.segmentation.segformer import SegFormer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -192,6 +193,42 @@ def test_a_picture_of_a_batch(root: Path) -> None:
     # Two pictures of 48 by 48, each with its mask.
     with Image.open(root / "seen/batch.png") as picture:
         assert picture.size == (4 * 48 + 2, 48)
+
+
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        ("on_train_batch_start", "nothing of it is kept: the same command begins anew"),
+        ("on_train_epoch_end", "the same command with --ckpt_path last goes on from run/last.ckpt"),
+    ],
+)
+def test_a_training_that_is_asked_to_end_does_not_pass_for_finished(
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    hook: str,
+    said: str,
+) -> None:
+    def ask(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    base = [*words(root, "scenes_small"), "--trainer.logger", "false"]
+    steps = ["--trainer.max_steps", "3", "--trainer.check_val_every_n_epoch", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PictureLogger, hook, ask)
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", *base, *steps])
+    assert ended.value.code == 143
+    assert capsys.readouterr().err.splitlines()[-1] == f"ended by SIGTERM; {said}"
+    goes_on = ["--ckpt_path", "last"] if "last" in said else []
+    cli = run(["fit", *base, *steps, *goes_on])
+    assert cli.trainer.global_step == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PictureLogger, "on_validation_batch_start", ask)
+        with pytest.raises(SystemExit) as ended:
+            main(["validate", *base])
+    assert ended.value.code == 143
 
 
 @pytest.mark.parametrize(
