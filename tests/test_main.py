@@ -197,9 +197,10 @@ def kill_after_first_masks(folder: Path, arguments: Sequence[str]) -> None:
 def test_a_run_that_is_asked_to_end_does_so_between_batches(
     tmp_path: Path, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cluster sends SIGTERM before it takes its machine back."""
+    """A cluster sends SIGTERM to every process before it takes its machine back."""
     write_voc(tmp_path, [f"image{index:03}" for index in range(60)])
-    arguments = words("predict", sd1_folder, "ended", "--data.batch_size", "1")
+    more = ["--data.batch_size", "1", "--data.num_workers", "2"]
+    arguments = words("predict", sd1_folder, "ended", *more)
     written = tmp_path / "ended" / "masks"
     status = kill_when(
         lambda: len(list(written.glob("*.png"))) >= 3, tmp_path, arguments, signal.SIGTERM
