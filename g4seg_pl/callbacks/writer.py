@@ -35,7 +35,7 @@ from g4seg_pl.callbacks.resume import (
 )
 from g4seg_pl.callbacks.tar_folder import TarFolder
 from g4seg_pl.callbacks.tar_writer import TarSize
-from g4seg_pl.termination import status_of_end
+from g4seg_pl.termination import EndRequest, status_of_end, wait_for_started
 from g4seg_pl.types import BadItemError, ConfigurationError, FailedSample, G4SegError, RefinedMask
 
 __all__ = ["MaskWriter", "background_rule", "json_text", "print_summary"]
@@ -95,12 +95,14 @@ class MaskWriter(BasePredictionWriter):
         self._pending: deque[Future[None]] = deque()
         self._records: RecordFile | None = None
         self._batch_began = 0.0
+        self._end = EndRequest()
         self._limit: int | float | None = None  # the trainer's own, while another is in force
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the folder and take finished images out of the run, before a model is loaded."""
         if stage != "predict":
             return
+        self._end = EndRequest()
         if self.out.exists() and not self.out.is_dir():
             message = f"out: {self.out} is a file; give a folder for the masks"
             raise ConfigurationError(message)
@@ -124,6 +126,11 @@ class MaskWriter(BasePredictionWriter):
         self._records = RecordFile(self._processes.record(trainer.global_rank))
         self._sink = self._folder.sink(self._processes.name(trainer.global_rank))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mask-writer")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Of several processes, let none wait for others in a batch when it is asked to end."""
+        if trainer.world_size > 1:
+            self._end.replace_handler(trainer)
 
     def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
         """Start the batch's clock."""
@@ -149,7 +156,7 @@ class MaskWriter(BasePredictionWriter):
         for item in prediction:
             self._submit(item, round(seconds, 4))
         # Lightning notes the signal of a cluster that wants its machine back, and runs on.
-        stop = trainer.received_sigterm
+        stop = trainer.received_sigterm or self._end.received
         # Bounded, or a slow disk would let finished masks pile up in memory.
         self._collect(leave=0 if stop else 4 * self.threads)
         if stop:
@@ -164,7 +171,7 @@ class MaskWriter(BasePredictionWriter):
         self._close()
         self._processes.finish(trainer.global_rank)
         if trainer.is_global_zero:
-            lost = self._processes.wait(trainer.world_size, self.rank_timeout)
+            lost = self._wait_for_others(trainer)
             summary = summarise(self._folder, self._ids, self.skipped)
             self.summary = replace(summary, lost_processes=lost)
             print_summary(self.summary)
@@ -181,6 +188,23 @@ class MaskWriter(BasePredictionWriter):
         except G4SegError as error:  # beside the one that ends the run
             print(f"error: {error}", file=sys.stderr)
         self._processes.finish(trainer.global_rank, failed=True)
+        if self._end.received:
+            wait_for_started(trainer, self.rank_timeout)
+
+    def _wait_for_others(self, trainer: pl.Trainer) -> tuple[int, ...]:
+        """On rank 0, done itself: the ranks that did not finish.
+
+        Raises:
+            SystemExit: the process was asked to end (SIGTERM) while others worked.
+        """
+        with self._end.listen(trainer):
+            lost = self._processes.wait(
+                trainer.world_size, self.rank_timeout, stop=lambda: self._end.received
+            )
+            if self._end.received:
+                wait_for_started(trainer, self.rank_timeout)
+                raise SystemExit(status_of_end(trainer))
+        return lost
 
     def _restore_limit(self, trainer: pl.Trainer) -> None:
         """Let the same trainer predict again, where this run had nothing to do."""
