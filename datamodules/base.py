@@ -20,6 +20,7 @@ from datamodules.sampling import ProcessSampler, own_part
 from datamodules.seed_files.maps import Dialect, ReadOptions
 from datamodules.seed_files.source import SeedSource, open_seeds
 from datamodules.truth import TruthOptions
+from datamodules.workers import outlive_sigterm
 from g4seg_pl.types import (
     BadItemError,
     ConfigurationError,
@@ -212,6 +213,7 @@ class SeedDataModule(LightningDataModule, ABC):
             batch_size=self.batch_size,
             shuffle=True,
             num_workers=self.num_workers,
+            worker_init_fn=outlive_sigterm,
             collate_fn=list,
             drop_last=len(self.items) > self.batch_size,
         )
@@ -235,6 +237,7 @@ class SeedDataModule(LightningDataModule, ABC):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=outlive_sigterm,
             collate_fn=list,
         )
 

@@ -23,6 +23,7 @@ from datamodules.training_items import (
     collate_compact,
     collate_whole,
 )
+from datamodules.workers import outlive_sigterm
 from g4seg_pl.segmentation.augmentation import Augmentation, Augmenter
 from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.segmentation.sampling import EpochSampler
@@ -180,6 +181,7 @@ class PseudoLabelDataModule(LightningDataModule):
             sampler=sampler,
             collate_fn=collate_compact,
             num_workers=self.num_workers,
+            worker_init_fn=outlive_sigterm,
             pin_memory=torch.cuda.is_available(),
             # Its own, or starting an epoch would draw from the generator that dropout draws from.
             generator=torch.Generator().manual_seed(self.seed),
@@ -242,6 +244,7 @@ class PseudoLabelDataModule(LightningDataModule):
             batch_size=self.val_batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=outlive_sigterm,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate_whole,
         )

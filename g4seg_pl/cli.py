@@ -21,6 +21,7 @@ from g4seg_pl.callbacks.run_record import describe, write_text_atomically
 from g4seg_pl.callbacks.writer import MaskWriter, background_rule, json_text
 from g4seg_pl.cli_errors import one_sentence
 from g4seg_pl.run_scores import score_rows
+from g4seg_pl.termination import BEGINS_ANEW, told_by_status
 from g4seg_pl.types import ConfigurationError, UsageError
 
 TRAINER_DEFAULTS = {
@@ -100,6 +101,11 @@ class G4SegCLI(LightningCLI):
         except OSError as error:
             message = f"out: {out} cannot be made: {error}"
             raise ConfigurationError(message) from error
+
+    def test(self, **kwargs: Any) -> None:
+        """Score; a run that SIGTERM ends says so."""
+        with told_by_status(self.trainer, lambda: BEGINS_ANEW):
+            self.trainer.test(**kwargs)
 
     def predict(self, **kwargs: Any) -> None:
         """Predict without keeping the predictions in memory."""

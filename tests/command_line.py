@@ -37,6 +37,8 @@ def kill_when(
 ) -> int:
     """Start a run and end it, by default with no chance to clean up, once something is there.
 
+    The signal goes to all processes of the run, as clusters send it.
+
     Returns:
         its exit status.
     """
@@ -46,11 +48,13 @@ def kill_when(
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and not ready():
         time.sleep(0.002)
-    process.send_signal(by)
+    if process.poll() is None:
+        os.killpg(process.pid, by)
     return process.wait(120)
 
 

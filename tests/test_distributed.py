@@ -1,6 +1,8 @@
 """Two processes: every image once, the same masks and scores as one, and none waits for ever."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,12 +11,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
-from command_line import environment, masks, records, scores, tar_masks, words
+from command_line import environment, kill_when, masks, records, scores, tar_masks, words
 from fake_voc import write_voc
 
 from g4seg_pl.callbacks.processes import ProcessFiles
 from g4seg_pl.main import main
+from g4seg_pl.termination import EndRequest, status_of_end, wait_for_started
 
 IDS = [f"image{index}" for index in range(5)]
 
@@ -121,6 +125,80 @@ def test_scores_of_two_processes_are_those_of_one(runs: Runs) -> None:
     one, two = (scores(runs.root / name) for name in ("one_scores", "two_scores"))
     assert one["test/n_images"] == 5
     assert one == two
+
+
+LATE = """
+import threading
+from lightning.pytorch import Callback
+
+class Late(Callback):
+    def on_predict_batch_end(self, trainer, *_):
+        for thread in threading.enumerate() if trainer.is_global_zero else ():
+            if thread.name == "child-process-observer":
+                thread.join()
+"""
+"""Rank 0 ends its batch when Lightning has seen the other process end, and found it well."""
+
+
+@pytest.mark.slow
+def test_processes_that_are_asked_to_end_do_so_behind_their_batches(
+    tmp_path: Path, sd1_folder: Path
+) -> None:
+    write_voc(tmp_path, [f"image{index:03}" for index in range(60)])
+    (tmp_path / "late.py").write_text(LATE)
+    more = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
+    arguments = words("predict", sd1_folder, "out", *more, "--trainer.callbacks", "late.Late")
+    out = tmp_path / "out"
+    status = kill_when(lambda: bool(masks(out)), tmp_path, arguments, signal.SIGTERM)
+    assert status == 143
+    assert records(out)[0]["id"] == "image000", "rank 0's batch in work"
+    assert sorted(f"{record['id']}.png" for record in records(out)) == list(masks(out))
+    assert 2 <= len(masks(out)) < 60
+
+
+STARTED = {"LOCAL_RANK": "1"}
+TORCHRUN = STARTED | {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "variables", "status"),
+    [(1, {}, 143), (2, {}, 143), (2, STARTED, 0), (2, TORCHRUN, 143)],
+)
+def test_only_processes_that_lightning_watches_end_as_if_finished(
+    monkeypatch: pytest.MonkeyPatch, devices: int, variables: dict[str, str], status: int
+) -> None:
+    for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    strategy = "ddp" if devices > 1 else "auto"
+    trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy=strategy, logger=False)
+    assert status_of_end(trainer) == status
+
+
+def test_started_processes_are_asked_to_end_and_waited_for() -> None:
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    script = "import signal; print('ready', flush=True); signal.sigwait({15}); print('asked')"
+    blocked = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {15}); "
+    started = subprocess.Popen(
+        [sys.executable, "-c", blocked + script], stdout=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None
+    assert started.stdout.readline() == "ready\n"
+    trainer.strategy.launcher.procs.append(started)
+    before, end = signal.getsignal(signal.SIGTERM), EndRequest()
+    with end.listen(trainer):
+        assert not end.received
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert end.received
+    assert signal.getsignal(signal.SIGTERM) == before
+    wait_for_started(trainer, 60)
+    assert started.returncode == 0
+    assert started.communicate()[0] == "asked\n"
+
+
+def test_nobody_is_waited_for_when_the_machine_is_taken(tmp_path: Path) -> None:
+    files = ProcessFiles(tmp_path)
+    files.finish(0)
+    assert files.wait(2, patience=600, stop=lambda: True) == (1,)
 
 
 def test_dead_process_is_given_up_by_its_rank(tmp_path: Path) -> None:

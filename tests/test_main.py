@@ -1,6 +1,7 @@
 """The command line: dispatch, speed of help, errors, and whole runs in processes of their own."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from command_line import CONFIG, environment, kill_when, masks, scores, words
 from fake_voc import write_voc
 from PIL import Image
 
+from g4seg_pl.callbacks.progress import ImageProgress
 from g4seg_pl.main import COMMANDS, main
 
 
@@ -195,9 +197,10 @@ def kill_after_first_masks(folder: Path, arguments: Sequence[str]) -> None:
 def test_a_run_that_is_asked_to_end_does_so_between_batches(
     tmp_path: Path, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cluster sends SIGTERM before it takes its machine back."""
+    """A cluster sends SIGTERM to every process before it takes its machine back."""
     write_voc(tmp_path, [f"image{index:03}" for index in range(60)])
-    arguments = words("predict", sd1_folder, "ended", "--data.batch_size", "1")
+    more = ["--data.batch_size", "1", "--data.num_workers", "2"]
+    arguments = words("predict", sd1_folder, "ended", *more)
     written = tmp_path / "ended" / "masks"
     status = kill_when(
         lambda: len(list(written.glob("*.png"))) >= 3, tmp_path, arguments, signal.SIGTERM
@@ -208,6 +211,25 @@ def test_a_run_that_is_asked_to_end_does_so_between_batches(
     monkeypatch.chdir(tmp_path)
     assert main(words("predict", sd1_folder, "ended", "--data.batch_size", "8")) == 0
     assert len(masks(tmp_path / "ended")) == 60
+
+
+def test_scores_that_were_asked_to_end_do_not_pass_for_finished(
+    tmp_path: Path,
+    sd1_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ask(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    write_voc(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ImageProgress, "on_test_batch_start", ask)
+    with pytest.raises(SystemExit) as ended:
+        main(words("test", sd1_folder, "scores", "--data.batch_size", "1"))
+    assert ended.value.code == 143
+    assert "ended by SIGTERM; nothing of it is kept" in capsys.readouterr().err
+    assert not (tmp_path / "scores" / "test.json").exists()
 
 
 def test_second_run_has_nothing_to_do_and_loads_no_model(

@@ -4,6 +4,7 @@ Files and not a barrier: processes may finish hours apart, and collectives time 
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,13 +51,16 @@ class ProcessFiles:
         """Say that this process will write no more, because it is done or because it failed."""
         self.marker(rank).write_text(_FAILED if failed else "", encoding="utf-8")
 
-    def wait(self, processes: int, patience: float) -> tuple[int, ...]:
+    def wait(
+        self, processes: int, patience: float, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[int, ...]:
         """Wait until every process has said that it is finished, then remove the markers.
 
         Args:
             processes: how many there are.
             patience: seconds without a new record of any process after which those that have not
                 finished are given up: they died, or hang. A slow one is waited for.
+            stop: whether to give up all at once.
 
         Returns:
             the ranks given up or failed; none if all is well.
@@ -66,7 +70,7 @@ class ProcessFiles:
             signs = self._signs(processes)
             if signs != seen:
                 seen, since = signs, time.monotonic()
-            if time.monotonic() - since > patience:
+            if stop() or time.monotonic() - since > patience:
                 break
             time.sleep(POLL_SECONDS)
         failed = [rank for rank in range(processes) if self._has_failed(rank)]

@@ -1,7 +1,6 @@
 """Writing refined masks while the prediction runs, so that it can be stopped and continued."""
 
 import math
-import signal
 import sys
 import time
 from collections import deque
@@ -38,15 +37,12 @@ from g4seg_pl.callbacks.resume import (
 )
 from g4seg_pl.callbacks.tar_folder import TarFolder
 from g4seg_pl.callbacks.tar_writer import TarSize
+from g4seg_pl.termination import EndRequest, status_of_end, wait_for_started
 from g4seg_pl.types import BadItemError, ConfigurationError, FailedSample, G4SegError, RefinedMask
 
 __all__ = ["MaskWriter", "background_rule", "json_text", "print_summary"]
 
 SHOWN_FAILURES = 20
-
-
-TERMINATED = 128 + signal.SIGTERM
-"""The exit status of a process that SIGTERM ended."""
 
 
 class MaskWriter(BasePredictionWriter):
@@ -102,12 +98,14 @@ class MaskWriter(BasePredictionWriter):
         self._pending: deque[Future[None]] = deque()
         self._records: RecordFile | None = None
         self._batch_began = 0.0
+        self._end = EndRequest()
         self._limit: int | float | None = None  # the trainer's own, while another is in force
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the folder and take finished images out of the run, before a model is loaded."""
         if stage != "predict":
             return
+        self._end = EndRequest()
         if self.out.exists() and not self.out.is_dir():
             message = f"out: {self.out} is a file; give a folder for the masks"
             raise ConfigurationError(message)
@@ -133,6 +131,11 @@ class MaskWriter(BasePredictionWriter):
         self._sink = self._folder.sink(self._processes.name(trainer.global_rank))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="mask-writer")
 
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Of several processes, let none wait for others in a batch when it is asked to end."""
+        if trainer.world_size > 1:
+            self._end.replace_handler(trainer)
+
     def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
         """Start the batch's clock."""
         self._batch_began = time.monotonic()
@@ -157,11 +160,11 @@ class MaskWriter(BasePredictionWriter):
         for item in prediction:
             self._submit(item, round(seconds, 4))
         # Lightning notes the signal of a cluster that wants its machine back, and runs on.
-        stop = trainer.received_sigterm
+        stop = trainer.received_sigterm or self._end.received
         # Bounded, or a slow disk would let finished masks pile up in memory.
         self._collect(leave=0 if stop else 4 * self.threads)
         if stop:
-            raise SystemExit(TERMINATED)
+            raise SystemExit(status_of_end(trainer))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish writing; rank 0 waits for the others' files and prints the last line."""
@@ -172,7 +175,7 @@ class MaskWriter(BasePredictionWriter):
         self._close()
         self._processes.finish(trainer.global_rank)
         if trainer.is_global_zero:
-            lost = self._processes.wait(trainer.world_size, self.rank_timeout)
+            lost = self._wait_for_others(trainer)
             summary = summarise(self._folder, self._ids, self.skipped)
             self.summary = replace(summary, lost_processes=lost)
             print_summary(self.summary)
@@ -194,6 +197,8 @@ class MaskWriter(BasePredictionWriter):
         with suppress(OSError):
             self._processes.finish(trainer.global_rank, failed=True)
         self._release()
+        if self._end.received:
+            wait_for_started(trainer, self.rank_timeout)
 
     def _hold(self, trainer: pl.Trainer) -> None:
         """Keep others off this process's part until the run ends.
@@ -217,6 +222,21 @@ class MaskWriter(BasePredictionWriter):
         """Let others make this process's part."""
         if self._lock is not None:
             self._lock.release()
+
+    def _wait_for_others(self, trainer: pl.Trainer) -> tuple[int, ...]:
+        """On rank 0, done itself: the ranks that did not finish.
+
+        Raises:
+            SystemExit: the process was asked to end (SIGTERM) while others worked.
+        """
+        with self._end.listen(trainer):
+            lost = self._processes.wait(
+                trainer.world_size, self.rank_timeout, stop=lambda: self._end.received
+            )
+            if self._end.received:
+                wait_for_started(trainer, self.rank_timeout)
+                raise SystemExit(status_of_end(trainer))
+        return lost
 
     def _restore_limit(self, trainer: pl.Trainer) -> None:
         """Let the same trainer predict again, where this run had nothing to do."""

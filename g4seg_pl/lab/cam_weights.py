@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.scenes import ScenesDataModule
 from g4seg_pl.callbacks.run_record import Json
+from g4seg_pl.checkpoint_files import keep_checkpoints_whole
 from g4seg_pl.lab.cache import Store, key_of
 from g4seg_pl.seeds.cam import Cam
 from g4seg_pl.seeds.classifier import Architecture
@@ -138,6 +139,7 @@ def _train(folder: Path, recipe: CamRecipe, *, quiet: bool) -> dict[str, torch.T
         enable_progress_bar=False,
         default_root_dir=folder,
     )
+    keep_checkpoints_whole(trainer)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     begun = folder / CHECKPOINT
     with warnings.catch_warnings(), torch.random.fork_rng():

@@ -14,7 +14,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from g4seg_pl.callbacks.run_record import write_text_atomically
+from g4seg_pl.checkpoint_files import keep_checkpoints_whole
 from g4seg_pl.cli_errors import one_sentence
+from g4seg_pl.termination import how_to_go_on, told_by_status
 from g4seg_pl.types import ConfigurationError, UsageError
 
 CHECKPOINT = "classifier"
@@ -77,6 +79,18 @@ class FitCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             raise ConfigurationError(one_sentence(str(error))) from error
 
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the trainer, which replaces checkpoints whole or not at all."""
+        trainer = super().instantiate_trainer(**kwargs)
+        keep_checkpoints_whole(trainer)
+        return trainer
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a run that SIGTERM ends says so."""
+        kept = Path(self.config.fit.out) / f"{CHECKPOINT}.ckpt"
+        with told_by_status(self.trainer, lambda: how_to_go_on(kept)):
+            self.trainer.fit(**kwargs)
+
 
 def main(args: Sequence[str]) -> int:
     """Train, and say where the checkpoint lies.
@@ -90,6 +104,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         UsageError: the arguments cannot be parsed.
         ConfigurationError: the run cannot begin.
+        SystemExit: the process was asked to end (SIGTERM).
     """
     import datamodules
 

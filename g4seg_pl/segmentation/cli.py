@@ -14,9 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from g4seg_pl.callbacks.writer import MaskWriter
+from g4seg_pl.checkpoint_files import keep_checkpoints_whole
 from g4seg_pl.cli_errors import one_sentence
 from g4seg_pl.segmentation.module import SegmentationModule
 from g4seg_pl.segmentation.pictures import PictureLogger, batch_picture
+from g4seg_pl.termination import BEGINS_ANEW, how_to_go_on, told_by_status
 from g4seg_pl.types import ConfigurationError, G4SegError, UsageError
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -95,6 +97,12 @@ class SegmentationCLI(LightningCLI):
         if isinstance(self.model, SegmentationModule):
             self.model.restored_from = self._checkpoint()
 
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the trainer, which replaces checkpoints whole or not at all."""
+        trainer = super().instantiate_trainer(**kwargs)
+        keep_checkpoints_whole(trainer)
+        return trainer
+
     def _checkpoint(self) -> str | None:
         """The checkpoint that the run begins with; the trainer looks for it after the setup."""
         config = self.config.get(str(self.subcommand)) if self.subcommand else None
@@ -104,6 +112,22 @@ class SegmentationCLI(LightningCLI):
             return str(config.ckpt_path)
         last = Path(config.run) / "last.ckpt"
         return str(last) if last.is_file() else None
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a run that SIGTERM ends says so."""
+        kept = Path(self.config.fit.run) / "last.ckpt"
+        with told_by_status(self.trainer, lambda: how_to_go_on(kept)):
+            self.trainer.fit(**kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Score; a run that SIGTERM ends says so."""
+        with told_by_status(self.trainer, lambda: BEGINS_ANEW):
+            self.trainer.validate(**kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Score; a run that SIGTERM ends says so."""
+        with told_by_status(self.trainer, lambda: BEGINS_ANEW):
+            self.trainer.test(**kwargs)
 
     def predict(self, **kwargs: Any) -> None:
         """Predict without keeping the predictions in memory."""
@@ -131,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 if something asked for cannot be done; 2 if there is no such subcommand, or its
         arguments cannot be parsed.
+
+    Raises:
+        SystemExit: the process was asked to end (SIGTERM).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in (*COMMANDS, "show"):

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import CLIPTokenizer
 
+from g4seg_pl.checkpoint_files import keep_checkpoints_whole
 from g4seg_pl.world.autoencoder import AutoencoderTask
 from g4seg_pl.world.classifier import ClassifierTask, SceneClassifier, training_precision
 from g4seg_pl.world.clip import ClipTask
@@ -82,6 +83,7 @@ def fit(
         enable_model_summary=False,
         log_every_n_steps=50,
     )
+    keep_checkpoints_whole(trainer)
     last = folder / "last.ckpt"
     train, validation = loaders
     start = last if last.exists() else None

@@ -1,7 +1,9 @@
 """Shards, exclusion, processes and workers of the data modules."""
 
 import itertools
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import lightning
@@ -9,6 +11,7 @@ import pytest
 import torch
 from data_reading import ids, module, read_all
 
+from datamodules.pseudo_labels import PseudoLabelDataModule
 from datamodules.sampling import ProcessSampler
 from g4seg_pl.types import FailedSample, Sample
 
@@ -76,6 +79,28 @@ class Collects(lightning.LightningModule):
 # Lightning 2.6 asks torch's pytree in a way that torch 2.15 deprecates.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+class AskedToEnd(torch.utils.data.Dataset[int]):
+    """Sends SIGTERM to the process that reads."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return index
+
+
+def test_workers_outlive_the_signal_that_ends_a_run(voc: Path) -> None:
+    data = module(voc, "train_aug", num_workers=1)
+    labels = PseudoLabelDataModule(data, None, val=data, num_workers=1)
+    loaders = [data.predict_dataloader(), data.train_dataloader(), labels.predict_dataloader()]
+    for loader in loaders:
+        asked = torch.utils.data.DataLoader(
+            AskedToEnd(), num_workers=1, worker_init_fn=loader.worker_init_fn
+        )
+        assert [int(read) for read in asked] == [0, 1]
+
+
 def test_lightning_hands_batches_over_untouched(voc: Path, tmp_path: Path) -> None:
     model = Collects()
     trainer = lightning.Trainer(

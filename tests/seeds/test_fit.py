@@ -1,5 +1,8 @@
 """`g4seg fit` on a VOC tree of three images, then `g4seg predict` from its checkpoint."""
 
+import os
+import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ from fake_voc import CLASSES, IDS, SIZES, write_voc
 
 from g4seg_pl.main import main
 from g4seg_pl.seeds.classifier import ResNetClassifier, read_weights
+from g4seg_pl.seeds.fit import EpochLoss
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "seeds"
 
@@ -65,6 +69,40 @@ def test_fit_then_predict(words: list[str], capsys: pytest.CaptureFixture[str]) 
         assert made["high_res"].shape == (len(labels), *size)
         assert made["high_res"].min() >= 0
         assert made["high_res"].max() <= 1
+
+
+def test_the_temporary_folder_has_no_part_in_checkpoints(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is another file system, a checkpoint moved out of it may be lost half way."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert fit(words, "--trainer.max_epochs", "1") == 0
+    assert sorted(path.name for path in Path("fit").iterdir()) == ["classifier.ckpt", "config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        ("on_train_batch_start", "nothing of it is kept: the same command begins anew"),
+        ("on_train_epoch_end", "the same command with --ckpt_path last goes on from {}"),
+    ],
+)
+def test_a_training_that_is_asked_to_end_does_not_pass_for_finished(
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    hook: str,
+    said: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochLoss, hook, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as ended:
+            fit(words, "--trainer.max_epochs", "2", "--data.batch_size", "1")
+    assert ended.value.code == 143
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "ended by SIGTERM; " + said.format("fit/classifier.ckpt")
+    assert fit(words, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 0
+    assert "epoch 2 of 2" in capsys.readouterr().out
 
 
 def test_images_that_cannot_be_read_are_named(

@@ -1,23 +1,29 @@
 """The command line: every configuration trains, scores and predicts; a killed run goes on."""
 
 import csv
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from fake_voc import IDS
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from PIL import Image
 from segmentation.test_networks import TINY_SEGFORMER
 from segmentation.trees import label_file, write_tree
 
+from g4seg_pl.checkpoint_files import WholeCheckpointIO
 from g4seg_pl.segmentation.cli import main, run
+from g4seg_pl.segmentation.pictures import PictureLogger
 from g4seg_pl.segmentation.segformer import SegFormer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -190,6 +196,42 @@ def test_a_picture_of_a_batch(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        ("on_train_batch_start", "nothing of it is kept: the same command begins anew"),
+        ("on_train_epoch_end", "the same command with --ckpt_path last goes on from run/last.ckpt"),
+    ],
+)
+def test_a_training_that_is_asked_to_end_does_not_pass_for_finished(
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    hook: str,
+    said: str,
+) -> None:
+    def ask(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    base = [*words(root, "scenes_small"), "--trainer.logger", "false"]
+    steps = ["--trainer.max_steps", "3", "--trainer.check_val_every_n_epoch", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PictureLogger, hook, ask)
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", *base, *steps])
+    assert ended.value.code == 143
+    assert capsys.readouterr().err.splitlines()[-1] == f"ended by SIGTERM; {said}"
+    goes_on = ["--ckpt_path", "last"] if "last" in said else []
+    cli = run(["fit", *base, *steps, *goes_on])
+    assert cli.trainer.global_step == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PictureLogger, "on_validation_batch_start", ask)
+        with pytest.raises(SystemExit) as ended:
+            main(["validate", *base])
+    assert ended.value.code == 143
+
+
+@pytest.mark.parametrize(
     ("status", "command", "more", "said"),
     [
         (1, "fit", ["--data.labels", "nowhere"], "nowhere"),
@@ -227,6 +269,45 @@ def losses(run: Path) -> dict[int, float]:
             rows = [row for row in csv.DictReader(file) if row["train/loss"]]
         found |= {int(row["step"]): float(row["train/loss"]) for row in rows}
     return found
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "run" / "last.ckpt"
+    files = WholeCheckpointIO()
+    files.save_checkpoint({"step": torch.tensor(1)}, kept)
+
+    def disk_is_full(descriptor: int) -> None:
+        (half,) = (path for path in kept.parent.iterdir() if path != kept)
+        assert half.stat().st_size > 0, "it lies on the same file system"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", disk_is_full)
+        with pytest.raises(OSError, match="No space left"):
+            files.save_checkpoint({"step": torch.tensor(2)}, kept)
+    assert list(kept.parent.iterdir()) == [kept]
+    assert files.load_checkpoint(kept)["step"] == 1
+    files.save_checkpoint({"step": torch.tensor(3)}, kept)
+    assert list(kept.parent.iterdir()) == [kept]
+    assert files.load_checkpoint(kept)["step"] == 3
+
+
+def test_the_temporary_folder_has_no_part_in_checkpoints(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(root / "missing"))
+    bare = ["--trainer.logger", "false", "--trainer.max_steps", "2", *VALIDATED_AT_ITS_END]
+    cli = run(["fit", *words(root, "scenes_small"), *bare])
+    assert isinstance(cli.trainer.strategy.checkpoint_io, WholeCheckpointIO)
+    assert sorted(path.name for path in (root / "run").glob("*")) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_way_of_saving_that_was_asked_for_is_kept(root: Path) -> None:
+    asked = ["--trainer.plugins", "lightning.pytorch.plugins.io.AsyncCheckpointIO"]
+    cli = run(["fit", *words(root, "scenes_small"), *asked, "--trainer.fast_dev_run", "true"])
+    assert isinstance(cli.trainer.strategy.checkpoint_io, AsyncCheckpointIO)
 
 
 @pytest.mark.slow
