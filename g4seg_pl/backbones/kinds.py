@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextConfig
 
 from g4seg_pl.types import ConfigurationError
+from g4seg_pl.weights import load_whole
 
 Kind = Literal["stable_diffusion", "sdxl"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -100,6 +102,25 @@ def read_part(model: str, part: str, load: Callable[..., Any], **options: Any) -
             "and `variant` if its weight files carry one"
         )
         raise ConfigurationError(message) from error
+
+
+def read_network(
+    model: str, part: str, network: Any, unused: tuple[str, ...] = (), **options: Any
+) -> Any:
+    """Return a network of a model, on the CPU, with every weight from its files.
+
+    Args:
+        model: a diffusers folder or a hub id.
+        part: name of the subfolder.
+        network: its class.
+        unused: beginnings of the names of weights that may be missing.
+        options: of its ``from_pretrained``.
+
+    Raises:
+        ConfigurationError: it cannot be read or lacks weights; names model, part and remedy.
+    """
+    load = partial(load_whole, network.from_pretrained, unused=unused)
+    return read_part(model, part, load, **options)
 
 
 def _require_parts(folder: Path, parts: dict[str, str], kind: Kind) -> None:

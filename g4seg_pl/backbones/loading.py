@@ -15,7 +15,7 @@ from diffusers import (
 from lightning.pytorch import LightningModule
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from g4seg_pl.backbones.kinds import KINDS, Kind, check_model, read_part
+from g4seg_pl.backbones.kinds import KINDS, Kind, check_model, read_network, read_part
 from g4seg_pl.backbones.tiny_decoder import check_decoder, load_decoder
 from g4seg_pl.types import ConfigurationError
 
@@ -100,19 +100,18 @@ def load_components(
     if decoder is not None:
         check_decoder(decoder, model, revision)
     model = str(Path(model).expanduser()) if model.startswith("~") else model
-    place = {"revision": revision} if revision else {}
+    place: dict[str, Any] = {"revision": revision} if revision else {}
     files = place | ({"variant": variant} if variant else {})
     weights, text_weights = files | {"torch_dtype": dtype}, files | {"dtype": dtype}
     scheduler = _schedule(model, read_part(model, "scheduler", DDPMScheduler.load_config, **place))
     vae_dtype = _vae_dtype(model, dtype, **place) if kind == "sdxl" else dtype
+    unused = () if decoder is None else ("decoder.", "post_quant_conv.")
     parts: dict[str, Any] = {
-        "unet": read_part(model, "unet", UNet2DConditionModel.from_pretrained, **weights),
-        "vae": read_part(
-            model, "vae", AutoencoderKL.from_pretrained, **(weights | {"torch_dtype": vae_dtype})
+        "unet": read_network(model, "unet", UNet2DConditionModel, **weights),
+        "vae": read_network(
+            model, "vae", AutoencoderKL, unused, **(weights | {"torch_dtype": vae_dtype})
         ),
-        "text_encoder": read_part(
-            model, "text_encoder", CLIPTextModel.from_pretrained, **text_weights
-        ),
+        "text_encoder": read_network(model, "text_encoder", CLIPTextModel, **text_weights),
         "tokenizer": read_part(model, "tokenizer", CLIPTokenizer.from_pretrained, **place),
         "scheduler": scheduler,
         "decoder": None if decoder is None else load_decoder(decoder, dtype),
@@ -123,8 +122,8 @@ def load_components(
         return Components(**parts)
     return ComponentsXL(
         **parts,
-        text_encoder_2=read_part(
-            model, "text_encoder_2", CLIPTextModelWithProjection.from_pretrained, **text_weights
+        text_encoder_2=read_network(
+            model, "text_encoder_2", CLIPTextModelWithProjection, **text_weights
         ),
         tokenizer_2=read_part(model, "tokenizer_2", CLIPTokenizer.from_pretrained, **place),
         zero_empty_prompt=_zero_empty_prompt(model, **place),

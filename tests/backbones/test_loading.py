@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cut_weights import drop_weights
+from safetensors.torch import load_file, save_file
 
 from g4seg_pl.backbones.kinds import check_model
 from g4seg_pl.backbones.loading import load_components, resolve_dtype
@@ -82,6 +85,65 @@ def test_weights_that_were_cut_off_are_named(sd1_folder: Path, tmp_path: Path, p
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ConfigurationError, match=f"its {part} cannot be loaded"):
         load_components(str(folder), torch.float32)
+
+
+def rename_weights(folder: Path, name_of: Callable[[str], str]) -> None:
+    (file,) = folder.glob("*.safetensors")
+    named = {name_of(name): weight for name, weight in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("accelerate", [True, False])
+@pytest.mark.parametrize(
+    ("part", "gone"),
+    [
+        ("unet", "up_blocks.1.attentions."),
+        ("vae", "decoder.conv_out."),
+        ("text_encoder", "encoder.layers.1."),
+    ],
+)
+def test_weights_that_are_missing_are_named_not_made_up(
+    sd1_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    gone: str,
+    accelerate: bool,
+) -> None:
+    if not accelerate:
+        monkeypatch.setattr("diffusers.models.modeling_utils._LOW_CPU_MEM_USAGE_DEFAULT", False)
+    folder = tmp_path / "model"
+    shutil.copytree(sd1_folder, folder)
+    drop_weights(folder / part, gone)
+    with pytest.raises(ConfigurationError, match=f"its {part} cannot be loaded .*{gone}") as info:
+        load_components(str(folder), torch.float32)
+    assert str(folder) in str(info.value)
+
+
+def test_weights_under_other_names_are_missing(sd1_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sd1_folder, folder)
+    rename_weights(folder / "text_encoder", lambda name: name.replace("layers.", "blocks."))
+    with pytest.raises(ConfigurationError, match=r"its text_encoder .*32 of the .*layers\.0"):
+        load_components(str(folder), torch.float32)
+
+
+def test_text_encoders_are_read_as_older_versions_wrote_them(
+    sd1_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sd1_folder, folder)
+    rename_weights(
+        folder / "text_encoder", lambda name: "text_model." + name.removeprefix("text_model.")
+    )
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    weights = load_file(file) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    file.unlink()
+    torch.save(weights, folder / "text_encoder" / "pytorch_model.bin")
+    old = load_components(str(folder), torch.float32).text_encoder.state_dict()
+    new = load_components(str(sd1_folder), torch.float32).text_encoder.state_dict()
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in new)
 
 
 @pytest.mark.parametrize("model", ["no/such/folder", "nowhere", "/tmp/../nothing", ""])
