@@ -22,6 +22,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 SIZE_NUMBERS = 6
 
 _NAMES = {"stable_diffusion": "Stable Diffusion 1.x or 2.x (or LCM)", "sdxl": "SDXL"}
+# Of a U-Net that is also told an embedding of a picture, a class or a noise level.
+_MORE_INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PARTS = {
     "unet": "config.json",
@@ -178,6 +180,11 @@ def _kind(model: str, config: dict[str, Any], kinds: Sequence[Kind]) -> Kind:
         reason = (
             f"its unet has {config.get('in_channels')} input and {config.get('out_channels')} "
             "output channels (an inpainting, depth or upscaling model?)"
+        )
+    elif more := [name for name in _MORE_INPUTS if config.get(name) is not None]:
+        reason = (
+            f"its unet has {more[0]} {config[more[0]]!r}: it is told more than a text (an unCLIP "
+            "or class-conditioned model?)"
         )
     elif kind not in kinds:
         reason = f"it is {_NAMES[kind]}, which does not serve here"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from g4seg_pl.backbones.kinds import KINDS, Kind, check_model, read_network, read_part
 from g4seg_pl.backbones.tiny_decoder import check_decoder, load_decoder
+from g4seg_pl.core.protocols import PredictionType
 from g4seg_pl.types import ConfigurationError
 
 NumberFormat = Literal["auto", "float32", "bfloat16", "float16"]
@@ -171,8 +172,17 @@ def _schedule(model: str, config: dict[str, Any]) -> DDPMScheduler:
             "trained with a schedule of betas"
         )
         raise ConfigurationError(message)
+    prediction = options.get("prediction_type", "epsilon")
+    if config.get("use_flow_sigmas") or prediction not in get_args(PredictionType):
+        message = (
+            f"model {model}: scheduler/scheduler_config.json: prediction_type is {prediction!r}, "
+            f"use_flow_sigmas {config.get('use_flow_sigmas', False)} (a flow-matching model?); "
+            f"give a model that predicts one of {', '.join(get_args(PredictionType))}"
+        )
+        raise ConfigurationError(message)
     try:
-        return DDPMScheduler(**options)
+        with torch.device("cpu"):  # as `read_part`
+            return DDPMScheduler(**options)
     except NotImplementedError as error:
         message = f"model {model}: scheduler/scheduler_config.json: {error}"
         raise ConfigurationError(message) from error

@@ -44,6 +44,9 @@ def test_a_missing_part_is_named_with_the_remedy(broken_folder: Path, part: str)
     [
         ({"addition_embed_type": "text_time"}, "SDXL"),
         ({"in_channels": 9}, "9 input and 4 output"),
+        ({"class_embed_type": "projection"}, "class_embed_type 'projection'.*unCLIP"),
+        ({"num_class_embeds": 1000}, "num_class_embeds 1000.*class-conditioned"),
+        ({"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type 'image_proj'"),
         ({"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
     ],
 )
@@ -52,6 +55,23 @@ def test_other_kinds_of_models_are_refused(
 ) -> None:
     edit_unet(broken_folder, **changes)
     with pytest.raises(ConfigurationError, match=message):
+        load_components(str(broken_folder), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+        {"prediction_type": "flow_prediction"},
+        {"use_flow_sigmas": True},
+    ],
+)
+def test_flow_matching_is_refused_before_weights_load(
+    broken_folder: Path, changes: dict[str, Any]
+) -> None:
+    file = broken_folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ConfigurationError, match=r"_config\.json: prediction_type is .*eps"):
         load_components(str(broken_folder), torch.float32)
 
 
@@ -164,6 +184,7 @@ def test_weights_are_real_whatever_context_lightning_makes_models_in(sd1_folder:
         parts = load_components(str(sd1_folder), torch.float32)
     for network in (parts.unet, parts.vae, parts.text_encoder):
         assert {weight.device.type for weight in network.parameters()} == {"cpu"}
+    assert parts.scheduler.alphas_cumprod.device.type == "cpu"
 
 
 def test_a_home_folder_is_found(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
