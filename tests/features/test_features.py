@@ -164,6 +164,26 @@ def test_the_last_hidden_features_of_the_autoencoder_lead_to_its_latent(
     assert not list(features.parameters())
 
 
+@pytest.mark.parametrize("level", [0, -1])
+def test_the_autoencoder_takes_few_large_pictures_at_once(
+    vae: AutoencoderKL, images: Tensor, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = VAEFeatures(level)
+    features.load(vae)
+    many = torch.cat([images, images.flip(3), images[:1].flip(2)])
+    with torch.no_grad():
+        expected = features(many)
+        monkeypatch.setattr("g4seg_pl.core.layout._PIXELS", 2 * 32 * 32)
+        entered: list[int] = []
+        handle = vae.encoder.conv_in.register_forward_hook(
+            lambda _, inputs, __: entered.append(len(inputs[0]))
+        )
+        found = features(many)
+    handle.remove()
+    assert entered == [2, 2, 1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_positions_on_another_grid() -> None:
     positions = torch.randn(1 + 12, 5)
     assert interpolate_positions(positions, (3, 4), (3, 4)) is positions
