@@ -105,7 +105,9 @@ def load_components(
     files = place | ({"variant": variant} if variant else {})
     weights, text_weights = files | {"torch_dtype": dtype}, files | {"dtype": dtype}
     scheduler = _schedule(model, read_part(model, "scheduler", DDPMScheduler.load_config, **place))
-    vae_dtype = _vae_dtype(model, dtype, **place) if kind == "sdxl" else dtype
+    vae_config = read_part(model, "vae", AutoencoderKL.load_config, **place)
+    _require_plain_latents(model, vae_config)
+    vae_dtype = _vae_dtype(vae_config, dtype) if kind == "sdxl" else dtype
     unused = () if decoder is None else ("decoder.", "post_quant_conv.")
     parts: dict[str, Any] = {
         "unet": read_network(model, "unet", UNet2DConditionModel, **weights),
@@ -188,9 +190,19 @@ def _schedule(model: str, config: dict[str, Any]) -> DDPMScheduler:
         raise ConfigurationError(message) from error
 
 
-def _vae_dtype(model: str, dtype: torch.dtype, **place: Any) -> torch.dtype:
+def _require_plain_latents(model: str, config: dict[str, Any]) -> None:
+    """Refuse latents scaled channel by channel; here one factor and one shift scale them all."""
+    named = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
+    if named:
+        message = (
+            f"model {model}: vae/config.json: {named[0]} is {config[named[0]]}; latents that are "
+            "normalised by channel (Playground's) are not known here, give a model without"
+        )
+        raise ConfigurationError(message)
+
+
+def _vae_dtype(config: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
     """SDXL's autoencoder overflows in float16, unless it is one that was mended."""
-    config = read_part(model, "vae", AutoencoderKL.load_config, **place)
     forced = config.get("force_upcast", True)
     return torch.float32 if forced and dtype == torch.float16 else dtype
 

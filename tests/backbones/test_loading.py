@@ -75,6 +75,14 @@ def test_flow_matching_is_refused_before_weights_load(
         load_components(str(broken_folder), torch.float32)
 
 
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+def test_latents_normalised_by_channel_are_refused(broken_folder: Path, name: str) -> None:
+    file = broken_folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: [0.5, 1.0, 1.0, 2.0]}))
+    with pytest.raises(ConfigurationError, match=rf"vae/config\.json: {name} is \[0\.5, 1\.0"):
+        load_components(str(broken_folder), torch.float32)
+
+
 def test_a_tokenizer_without_words_is_refused(broken_folder: Path) -> None:
     for name in ("tokenizer.json", "vocab.json"):
         (broken_folder / "tokenizer" / name).unlink(missing_ok=True)
