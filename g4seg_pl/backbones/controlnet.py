@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from jaxtyping import Bool, Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from g4seg_pl.backbones.attention import checkpointed, installed
@@ -24,6 +26,7 @@ from g4seg_pl.core.layout import laid_out
 from g4seg_pl.core.protocols import AttentionRecord, PredictionType
 from g4seg_pl.core.steps import every_step
 from g4seg_pl.types import ConfigurationError
+from g4seg_pl.weights import load_whole
 
 # In these a ControlNet must be like the U-Net it was copied from.
 _ALIKE = (
@@ -98,7 +101,8 @@ class ControlNetInjection:
         """
         place = {"revision": self.revision} if self.revision else {}
         variant = {"variant": self.variant} if self.variant else {}
-        net = self._read(ControlNetModel.from_pretrained, torch_dtype=dtype, **place, **variant)
+        load = partial(load_whole, ControlNetModel.from_pretrained)
+        net = self._read(load, torch_dtype=dtype, **place, **variant)
         _require_alike(self.model, net.config, generator.unet.config)
         device = generator.alphas_cumprod.device
         return ControlledGenerator(
@@ -112,7 +116,7 @@ class ControlNetInjection:
         try:
             with torch.device("cpu"):  # as `read_part`
                 return load(str(folder) if folder.is_dir() else self.model, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             message = (
                 f"controlnet {self.model} cannot be loaded ({error}); check the folder or hub id"
             )

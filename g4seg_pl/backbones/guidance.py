@@ -19,7 +19,7 @@ def guidance_embedding(guidance: float, size: int) -> Float[Tensor, "1 size"]:
         size: width of the embedding, the U-Net's ``time_cond_proj_dim``, at least 4.
     """
     half = size // 2
-    rates = torch.logspace(0, -1, half, base=_LONGEST_PERIOD)
+    rates = torch.logspace(0, -1, half, base=_LONGEST_PERIOD, dtype=torch.float32, device="cpu")
     angles = _SCALE * guidance * rates
     waves = torch.cat([angles.sin(), angles.cos()])
     return torch.nn.functional.pad(waves, (0, size - 2 * half))[None]

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextConfig
 
 from g4seg_pl.types import ConfigurationError
+from g4seg_pl.weights import load_whole
 
 Kind = Literal["stable_diffusion", "sdxl"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -20,6 +22,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 SIZE_NUMBERS = 6
 
 _NAMES = {"stable_diffusion": "Stable Diffusion 1.x or 2.x (or LCM)", "sdxl": "SDXL"}
+# Of a U-Net that is also told an embedding of a picture, a class or a noise level.
+_MORE_INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PARTS = {
     "unet": "config.json",
@@ -102,6 +106,25 @@ def read_part(model: str, part: str, load: Callable[..., Any], **options: Any) -
         raise ConfigurationError(message) from error
 
 
+def read_network(
+    model: str, part: str, network: Any, unused: tuple[str, ...] = (), **options: Any
+) -> Any:
+    """Return a network of a model, on the CPU, with every weight from its files.
+
+    Args:
+        model: a diffusers folder or a hub id.
+        part: name of the subfolder.
+        network: its class.
+        unused: beginnings of the names of weights that may be missing.
+        options: of its ``from_pretrained``.
+
+    Raises:
+        ConfigurationError: it cannot be read or lacks weights; names model, part and remedy.
+    """
+    load = partial(load_whole, network.from_pretrained, unused=unused)
+    return read_part(model, part, load, **options)
+
+
 def _require_parts(folder: Path, parts: dict[str, str], kind: Kind) -> None:
     for part, config in parts.items():
         if not (folder / part / config).is_file():
@@ -157,6 +180,11 @@ def _kind(model: str, config: dict[str, Any], kinds: Sequence[Kind]) -> Kind:
         reason = (
             f"its unet has {config.get('in_channels')} input and {config.get('out_channels')} "
             "output channels (an inpainting, depth or upscaling model?)"
+        )
+    elif more := [name for name in _MORE_INPUTS if config.get(name) is not None]:
+        reason = (
+            f"its unet has {more[0]} {config[more[0]]!r}: it is told more than a text (an unCLIP "
+            "or class-conditioned model?)"
         )
     elif kind not in kinds:
         reason = f"it is {_NAMES[kind]}, which does not serve here"

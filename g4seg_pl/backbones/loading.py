@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
@@ -15,8 +15,9 @@ from diffusers import (
 from lightning.pytorch import LightningModule
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from g4seg_pl.backbones.kinds import KINDS, Kind, check_model, read_part
+from g4seg_pl.backbones.kinds import KINDS, Kind, check_model, read_network, read_part
 from g4seg_pl.backbones.tiny_decoder import check_decoder, load_decoder
+from g4seg_pl.core.protocols import PredictionType
 from g4seg_pl.types import ConfigurationError
 
 NumberFormat = Literal["auto", "float32", "bfloat16", "float16"]
@@ -100,19 +101,20 @@ def load_components(
     if decoder is not None:
         check_decoder(decoder, model, revision)
     model = str(Path(model).expanduser()) if model.startswith("~") else model
-    place = {"revision": revision} if revision else {}
+    place: dict[str, Any] = {"revision": revision} if revision else {}
     files = place | ({"variant": variant} if variant else {})
     weights, text_weights = files | {"torch_dtype": dtype}, files | {"dtype": dtype}
     scheduler = _schedule(model, read_part(model, "scheduler", DDPMScheduler.load_config, **place))
-    vae_dtype = _vae_dtype(model, dtype, **place) if kind == "sdxl" else dtype
+    vae_config = read_part(model, "vae", AutoencoderKL.load_config, **place)
+    _require_plain_latents(model, vae_config)
+    vae_dtype = _vae_dtype(vae_config, dtype) if kind == "sdxl" else dtype
+    unused = () if decoder is None else ("decoder.", "post_quant_conv.")
     parts: dict[str, Any] = {
-        "unet": read_part(model, "unet", UNet2DConditionModel.from_pretrained, **weights),
-        "vae": read_part(
-            model, "vae", AutoencoderKL.from_pretrained, **(weights | {"torch_dtype": vae_dtype})
+        "unet": read_network(model, "unet", UNet2DConditionModel, **weights),
+        "vae": read_network(
+            model, "vae", AutoencoderKL, unused, **(weights | {"torch_dtype": vae_dtype})
         ),
-        "text_encoder": read_part(
-            model, "text_encoder", CLIPTextModel.from_pretrained, **text_weights
-        ),
+        "text_encoder": read_network(model, "text_encoder", CLIPTextModel, **text_weights),
         "tokenizer": read_part(model, "tokenizer", CLIPTokenizer.from_pretrained, **place),
         "scheduler": scheduler,
         "decoder": None if decoder is None else load_decoder(decoder, dtype),
@@ -123,8 +125,8 @@ def load_components(
         return Components(**parts)
     return ComponentsXL(
         **parts,
-        text_encoder_2=read_part(
-            model, "text_encoder_2", CLIPTextModelWithProjection.from_pretrained, **text_weights
+        text_encoder_2=read_network(
+            model, "text_encoder_2", CLIPTextModelWithProjection, **text_weights
         ),
         tokenizer_2=read_part(model, "tokenizer_2", CLIPTokenizer.from_pretrained, **place),
         zero_empty_prompt=_zero_empty_prompt(model, **place),
@@ -172,16 +174,35 @@ def _schedule(model: str, config: dict[str, Any]) -> DDPMScheduler:
             "trained with a schedule of betas"
         )
         raise ConfigurationError(message)
+    prediction = options.get("prediction_type", "epsilon")
+    if config.get("use_flow_sigmas") or prediction not in get_args(PredictionType):
+        message = (
+            f"model {model}: scheduler/scheduler_config.json: prediction_type is {prediction!r}, "
+            f"use_flow_sigmas {config.get('use_flow_sigmas', False)} (a flow-matching model?); "
+            f"give a model that predicts one of {', '.join(get_args(PredictionType))}"
+        )
+        raise ConfigurationError(message)
     try:
-        return DDPMScheduler(**options)
+        with torch.device("cpu"):  # as `read_part`
+            return DDPMScheduler(**options)
     except NotImplementedError as error:
         message = f"model {model}: scheduler/scheduler_config.json: {error}"
         raise ConfigurationError(message) from error
 
 
-def _vae_dtype(model: str, dtype: torch.dtype, **place: Any) -> torch.dtype:
+def _require_plain_latents(model: str, config: dict[str, Any]) -> None:
+    """Refuse latents scaled channel by channel; here one factor and one shift scale them all."""
+    named = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
+    if named:
+        message = (
+            f"model {model}: vae/config.json: {named[0]} is {config[named[0]]}; latents that are "
+            "normalised by channel (Playground's) are not known here, give a model without"
+        )
+        raise ConfigurationError(message)
+
+
+def _vae_dtype(config: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
     """SDXL's autoencoder overflows in float16, unless it is one that was mended."""
-    config = read_part(model, "vae", AutoencoderKL.load_config, **place)
     forced = config.get("force_upcast", True)
     return torch.float32 if forced and dtype == torch.float16 else dtype
 

@@ -1,5 +1,7 @@
 """Prompts as token ids, and the places of a name among them."""
 
+import re
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -26,6 +28,8 @@ def mark_tokens(
 ) -> Bool[Tensor, " l"]:
     """Mark the tokens of the first ``name`` in ``prompt`` at or after character ``start``.
 
+    A token that holds punctuation of the name and of what stands beside it is the name's too.
+
     Args:
         tokenizer: whose tokens are meant.
         prompt: the whole text.
@@ -44,8 +48,25 @@ def mark_tokens(
         if wanted and ids[place : place + len(wanted)] == wanted:
             mask[place : place + len(wanted)] = True
             return mask
+    if wanted and (held := _holding(tokenizer, prompt, name, start)):
+        mask[held] = True
+        return mask
     message = f"class name {name!r} is not in the prompt {prompt[start:]!r}; name it there"
     raise ConfigurationError(message)
+
+
+def _holding(tokenizer: CLIPTokenizer, prompt: str, name: str, start: int) -> list[int]:
+    """Places of the tokens that hold a name's characters, and perhaps punctuation beside it.
+
+    CLIP makes one word of punctuation in a row: behind "wall (brick" a template's full stop is of
+    the same token as the bracket, which the name by itself has not.
+    """
+    found = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)").search(prompt, start)
+    if found is None or not tokenizer.is_fast:
+        return []
+    spans = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+    begin, end = found.span()
+    return [place for place, (left, right) in enumerate(spans) if left < end and right > begin]
 
 
 def _words(tokenizer: CLIPTokenizer, text: str) -> list[int]:

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from g4seg_pl.backbones.kinds import read_part, require_hub_id
 from g4seg_pl.types import ConfigurationError
+from g4seg_pl.weights import load_whole
 
 _EXAMPLES = "madebyollin/taesd for Stable Diffusion 1.x and 2.x, madebyollin/taesdxl for SDXL"
 _COLOURS = 3
@@ -51,8 +52,11 @@ def load_decoder(decoder: str, dtype: torch.dtype) -> AutoencoderTiny:
     """
     try:
         with torch.device("cpu"):  # as `read_part`
-            tiny: AutoencoderTiny = AutoencoderTiny.from_pretrained(
-                _expanded(decoder), torch_dtype=dtype
+            tiny: AutoencoderTiny = load_whole(
+                AutoencoderTiny.from_pretrained,
+                _expanded(decoder),
+                unused=("encoder.",),
+                torch_dtype=dtype,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(_unreadable(decoder, error)) from error

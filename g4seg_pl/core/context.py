@@ -86,10 +86,20 @@ class RefinementContext:
 
         Raises:
             ValueError: the context has no feature extractor.
+            FloatingPointError: features are not finite; names the first image.
         """
         if self._origin is not None:
             return self._origin.reference_features
-        return self._of_images("reference_features", self.extract)
+        features = self._of_images("reference_features", self.extract)
+        finite = torch.isfinite(features).flatten(1).all(1).tolist()
+        if not all(finite):
+            # Matches of such features would be found all the same, at the first places.
+            message = (
+                f"the features of image {self.image_ids[finite.index(False)]} are not finite; "
+                "a float16 model overflows, load it in bfloat16 or float32"
+            )
+            raise FloatingPointError(message)
+        return features
 
     def _of_images(self, name: str, network: Callable[[Tensor], Tensor]) -> Tensor:
         def compute(images: Tensor) -> Tensor:

@@ -170,6 +170,9 @@ class EdgeFilter:
     def __post_init__(self) -> None:
         """Refuse values that no run can mean."""
         check_edges(self.radius, self.epsilon)
+        if not 0 <= self.mixing <= 1:
+            message = f"mixing is {self.mixing}; give a value from 0 to 1"
+            raise ValueError(message)
 
     def __call__(
         self, foreground: Float[Tensor, "m H W"], context: RefinementContext

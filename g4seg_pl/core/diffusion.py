@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from g4seg_pl.core.protocols import PredictionType
 
 
 def add_noise(
@@ -35,7 +37,7 @@ def predict_clean(
     output: Float[Tensor, "b c h w"],
     alphas_cumprod: Float[Tensor, " t"],
     timestep: int,
-    prediction_type: Literal["epsilon", "v_prediction", "sample"],
+    prediction_type: PredictionType,
 ) -> Float[Tensor, "b c h w"]:
     """Return ẑ₀ from one U-Net output (Eq. 2 for ε, its counterpart for v).
 
@@ -47,7 +49,7 @@ def predict_clean(
         prediction_type: what the output is: the noise, the velocity or ẑ₀ itself.
 
     Raises:
-        ValueError: the timestep lies outside the schedule.
+        ValueError: the timestep lies outside the schedule, or the prediction is of no known type.
     """
     signal, spread = _signal_and_spread(alphas_cumprod, timestep)
     match prediction_type:
@@ -57,6 +59,10 @@ def predict_clean(
             return signal * noisy - spread * output
         case "sample":
             return output
+        case _:
+            known = ", ".join(get_args(PredictionType))
+            message = f"prediction_type is {prediction_type!r}; this knows {known}"
+            raise ValueError(message)
 
 
 def seeded_noise(
@@ -77,7 +83,9 @@ def seeded_noise(
     key = "\x00".join((str(seed), image_id, class_name, str(draw)))
     # 63 bits: the largest seed a torch generator takes is a signed 64-bit integer.
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(number))
+    generator = torch.Generator("cpu").manual_seed(number)
+    # Both named: torch's defaults are a program's own choice, and other formats draw other numbers.
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _signal_and_spread(alphas_cumprod: Tensor, timestep: int) -> tuple[float, float]:

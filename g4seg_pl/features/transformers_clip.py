@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
 from g4seg_pl.features.base import (
@@ -18,6 +19,7 @@ from g4seg_pl.features.base import (
     normalise,
 )
 from g4seg_pl.types import ConfigurationError
+from g4seg_pl.weights import load_whole
 
 
 class TransformersClipFeatures(DenseFeatures):
@@ -64,10 +66,14 @@ class TransformersClipFeatures(DenseFeatures):
         folder = Path(self.model).expanduser()
         try:
             with torch.device("cpu"):  # whatever Lightning's context says, see `read_part`
-                network = CLIPVisionModelWithProjection.from_pretrained(
-                    str(folder) if folder.is_dir() else self.model, dtype=torch.float32
+                network = load_whole(
+                    CLIPVisionModelWithProjection.from_pretrained,
+                    str(folder) if folder.is_dir() else self.model,
+                    # A CLIPVisionModel has none.
+                    unused=() if self.projected else ("visual_projection.",),
+                    dtype=torch.float32,
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             message = f"features: transformers cannot load {self.model} as CLIP: {error}"
             raise ConfigurationError(message) from error
         count = network.config.num_hidden_layers

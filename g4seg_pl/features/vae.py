@@ -4,6 +4,7 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 
+from g4seg_pl.core.layout import in_slices
 from g4seg_pl.features.base import DenseFeatures, fit_to_patches
 from g4seg_pl.types import ConfigurationError
 
@@ -52,6 +53,10 @@ class VAEFeatures(DenseFeatures):
         encoder = self._shared[0].encoder
         factor = 2 ** (len(encoder.down_blocks) - 1)
         fitted = fit_to_patches(images, (factor, factor), self.image_size)
+        return in_slices(self._hidden, fitted, fitted.shape[2] * fitted.shape[3])
+
+    def _hidden(self, fitted: Tensor) -> Tensor:
+        encoder = self._shared[0].encoder
         hidden: Tensor = encoder.conv_in(fitted.to(encoder.conv_in.weight))
         for level, block in enumerate(encoder.down_blocks):
             hidden = block(hidden)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,6 +29,7 @@ from g4seg_pl.seeds.base import SeedMaker, keep_ratio, resize_bilinear
 from g4seg_pl.seeds.vocabulary import class_names_of, predicted_masks
 from g4seg_pl.seeds.windows import sliding_mean
 from g4seg_pl.types import ConfigurationError, RefinedMask, Sample
+from g4seg_pl.weights import load_whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -172,9 +174,9 @@ class GroupVit(SeedMaker):
 
         try:
             with torch.device("cpu"):  # whatever Lightning's context says
-                network = GroupViTModel.from_pretrained(self.model, dtype=torch.float32)
+                network = load_whole(GroupViTModel.from_pretrained, self.model, dtype=torch.float32)
             self._tokenizer = AutoTokenizer.from_pretrained(self.model)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             message = f"model: transformers cannot load {self.model} as GroupViT: {error}"
             raise ConfigurationError(message) from error
         self.network = network.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,9 +21,12 @@ from g4seg_pl.seeds.base import SeedMaker, check_class_count
 from g4seg_pl.seeds.panoptic import panoptic_segments
 from g4seg_pl.seeds.vocabulary import predicted_masks
 from g4seg_pl.types import ConfigurationError, RefinedMask, Sample
+from g4seg_pl.weights import load_whole
 
 MASK2FORMER_SIDE = 384
 UNIVERSAL = ("maskformer", "mask2former", "oneformer")
+# Weights that only training uses, or nobody: published checkpoints lack some of them.
+_UNUSED = ("criterion.", "auxiliary_head.", "neck.fusion_stage.layers.0.residual_layer1.")
 
 
 def query_scores(
@@ -165,8 +169,8 @@ def load_segmenter(model: str) -> Any:
         universal = config.model_type in UNIVERSAL
         kind = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
         with torch.device("cpu"):  # whatever Lightning's context says
-            return kind.from_pretrained(model, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+            return load_whole(kind.from_pretrained, model, unused=_UNUSED, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         message = f"model: transformers cannot load {model} as a segmenter: {error}"
         raise ConfigurationError(message) from error
 

@@ -3,9 +3,11 @@
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from g4seg_pl.types import ConfigurationError
+from g4seg_pl.weights import load_whole
 
 
 class SegFormer(nn.Module):
@@ -39,8 +41,8 @@ class SegFormer(nn.Module):
         if self.model is None:
             return
         try:
-            encoder = transformers.SegformerModel.from_pretrained(self.model)
-        except OSError as error:
+            encoder = load_whole(transformers.SegformerModel.from_pretrained, self.model)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             msg = f"network.model: {self.model!r} cannot be loaded: {error}"
             raise ConfigurationError(msg) from error
         self.backbone.load_state_dict(encoder.state_dict())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backbones.passes import first_pass
+from cut_weights import drop_weights
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -334,6 +335,16 @@ def test_a_controlnet_of_another_make_is_refused_before_weights_load(
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ConfigurationError, match=message):
         ControlNetInjection(str(broken_folder)).check(str(sd1_folder))
+
+
+def test_a_controlnet_that_lacks_weights_is_refused(
+    controlnet_folder: Path, sd1_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "controlnet"
+    shutil.copytree(controlnet_folder, folder)
+    drop_weights(folder, "controlnet_cond_embedding.")
+    with pytest.raises(ConfigurationError, match=r"controlnet .*shape: controlnet_cond_embedding"):
+        ControlNetInjection(str(folder)).load(load_generator(str(sd1_folder)), torch.float32)
 
 
 def test_other_faults_are_named(

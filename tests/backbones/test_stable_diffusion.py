@@ -1,5 +1,6 @@
 """The generator on tiny models of both generations, against diffusers' own pipeline."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from diffusers import StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from g4seg_pl.backbones.attention import RecordingProcessor, attention_layers, installed
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
+from g4seg_pl.backbones.text import mark_tokens, tokenise
 from g4seg_pl.core.injection import Injection
 from g4seg_pl.core.protocols import AttentionRecord, Generator
 from g4seg_pl.types import ConfigurationError
@@ -292,6 +295,35 @@ def _cached_generator(folder: str) -> StableDiffusion:
     if folder not in _GENERATORS:
         _GENERATORS[folder] = StableDiffusion.from_pretrained(folder)
     return _GENERATORS[folder]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    ("template", "name", "marked"),
+    [
+        ("a photo of a {}.", "brick (block)", "brick(block)."),
+        ("a photo of a {}, potted plant", "brick (block)", "brick(block),"),
+        ('a photo of "{}"', "(brick) block", '"(brick)block'),
+        ("a photo of a {}.", "brick", "brick"),
+    ],
+)
+def test_punctuation_beside_a_name_does_not_hide_it(
+    sd1_folder: Path, tmp_path: Path, template: str, name: str, marked: str, joined: bool
+) -> None:
+    from conftest import WORDS, write_tokenizer
+
+    folder = tmp_path / "tokenizer"
+    if joined:  # as CLIP's own vocabulary has them
+        write_tokenizer(folder, [*WORDS, ").", "),", '"('])
+    else:
+        shutil.copytree(sd1_folder / "tokenizer", folder)
+        marked = marked.rstrip(".,").lstrip('"')
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    prompt, start = template.replace("{}", name), template.index("{}")
+    mask = mark_tokens(tokenizer, prompt, name, start, 77)
+    ids = tokenise(tokenizer, prompt, 77)[mask].tolist()
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert "".join(tokens).replace("</w>", "") == marked
 
 
 @pytest.mark.parametrize("name", ["cat", "", "do"])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cut_weights import drop_weights
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
@@ -68,6 +69,22 @@ def test_neither_the_full_decoder_nor_the_tiny_encoder_is_kept(
     assert any(name.startswith("decoder.decoder") for name in names)
     assert not any(weight.requires_grad for weight in generator.parameters())
     assert not any(module.training for module in generator.modules())
+
+
+def test_weights_of_halves_that_are_not_kept_may_be_missing_but_no_others(
+    sd1_folder: Path, tiny_decoder_folder: Path, tmp_path: Path, latents: Tensor
+) -> None:
+    model, tiny = tmp_path / "model", tmp_path / "tiny"
+    shutil.copytree(sd1_folder, model)
+    shutil.copytree(tiny_decoder_folder, tiny)
+    drop_weights(model / "vae", "decoder.")
+    drop_weights(tiny, "encoder.")
+    with torch.no_grad():
+        found = load_generator(str(model), decoder=str(tiny)).decode(latents)
+    torch.testing.assert_close(found, expected(tiny_decoder_folder, latents))
+    drop_weights(tiny, "decoder.layers.0.")
+    with pytest.raises(ConfigurationError, match=r"decoder .*tiny cannot .*decoder\.layers\.0"):
+        load_generator(str(sd1_folder), decoder=str(tiny))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

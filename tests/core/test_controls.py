@@ -278,6 +278,8 @@ def test_a_joint_bilateral_filter_weighs_distance_and_squared_contrast(
         (lambda: RandomWalk(beta=0.0), "beta is 0.0"),
         (lambda: RandomWalk(doublings=-1), "doublings is -1"),
         (lambda: EdgeFilter(radius=0), "edge_radius is 0"),
+        (lambda: EdgeFilter(mixing=1.5), "mixing is 1.5; give a value from 0 to 1"),
+        (lambda: EdgeFilter(mixing=-0.1), "mixing is -0.1"),
         (lambda: OtherClass([Blur()], ["dog"]), "two different classes"),
     ],
 )

@@ -1,5 +1,7 @@
 """One-step noising and reconstruction against diffusers' own schedulers."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -68,6 +70,27 @@ def test_noise_depends_on_each_of_its_keys_and_on_nothing_else() -> None:
         seeded_noise((4, 8, 8), 0, "2007_000032d", "og"),
     ]
     assert all((other - first).abs().max() > 0.1 for other in others)
+
+
+def test_an_unknown_prediction_is_refused() -> None:
+    latent = torch.zeros(1, 4, 2, 2)
+    alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
+    # Without the checks of types, which only tests have.
+    unchecked = inspect.unwrap(predict_clean)
+    with pytest.raises(ValueError, match="prediction_type is 'flow_prediction'; this knows eps"):
+        unchecked(latent, latent, alphas, 400, "flow_prediction")
+
+
+def test_noise_does_not_depend_on_torchs_defaults() -> None:
+    expected = seeded_noise((4, 8, 8), 0, "2007_000032", "dog")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = seeded_noise((4, 8, 8), 0, "2007_000032", "dog")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_noise_leaves_the_global_generator_alone_and_is_standard_normal() -> None:

@@ -402,6 +402,22 @@ def test_masks_and_names_must_agree(make_context: ContextMaker, foreground: Tens
         refine(foreground[:3], make_context(), [Correspondence()])
 
 
+@pytest.mark.parametrize("matching", ["generated_to_image", "aligned", "self"])
+def test_images_whose_features_are_not_finite_are_named(
+    make_context: ContextMaker, foreground: Tensor, matching: Any
+) -> None:
+    class Overflowing(PooledPixels):
+        def __call__(self, images: Tensor) -> Tensor:
+            features = super().__call__(images)
+            features[-1, 0] = float("inf")
+            return features
+
+    context = make_context()
+    context.features = Overflowing()
+    with pytest.raises(FloatingPointError, match="features of image image2 are not finite"):
+        refine(foreground, context, [Correspondence(matching=matching)])
+
+
 def test_a_step_that_compares_images_asks_for_features(
     make_context: ContextMaker, foreground: Tensor
 ) -> None:

@@ -7,9 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from cut_weights import drop_weights
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from g4seg_pl.core.protocols import FeatureExtractor
 from g4seg_pl.features.base import (
@@ -24,19 +36,20 @@ from g4seg_pl.features.transformers_clip import TransformersClipFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.types import ConfigurationError
 
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
 
 @pytest.fixture(scope="module")
 def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "vision"
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-        projection_dim=12,
-    )
+    config = CLIPVisionConfig(**VISION, projection_dim=12)
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
     return folder
 
@@ -151,6 +164,26 @@ def test_the_last_hidden_features_of_the_autoencoder_lead_to_its_latent(
     assert not list(features.parameters())
 
 
+@pytest.mark.parametrize("level", [0, -1])
+def test_the_autoencoder_takes_few_large_pictures_at_once(
+    vae: AutoencoderKL, images: Tensor, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = VAEFeatures(level)
+    features.load(vae)
+    many = torch.cat([images, images.flip(3), images[:1].flip(2)])
+    with torch.no_grad():
+        expected = features(many)
+        monkeypatch.setattr("g4seg_pl.core.layout._PIXELS", 2 * 32 * 32)
+        entered: list[int] = []
+        handle = vae.encoder.conv_in.register_forward_hook(
+            lambda _, inputs, __: entered.append(len(inputs[0]))
+        )
+        found = features(many)
+    handle.remove()
+    assert entered == [2, 2, 1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_positions_on_another_grid() -> None:
     positions = torch.randn(1 + 12, 5)
     assert interpolate_positions(positions, (3, 4), (3, 4)) is positions
@@ -192,6 +225,48 @@ def test_models_that_cannot_be_loaded_are_named(features: DenseFeatures, message
         features.load()
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: Dinov2Model(Dinov2Config(**VISION)),
+        lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)),
+    ],
+)
+def test_another_kind_of_model_is_refused_not_filled_with_random_weights(
+    tmp_path: Path, network: Callable[[], PreTrainedModel]
+) -> None:
+    network().save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=f"cannot load {tmp_path} as CLIP: .* not in its"):
+        TransformersClipFeatures(str(tmp_path)).load()
+
+
+def test_an_image_tower_without_projection_gives_only_tokens_before_it(
+    vision_folder: Path, tmp_path: Path, images: Tensor
+) -> None:
+    folder = tmp_path / "vision"
+    shutil.copytree(vision_folder, folder)
+    drop_weights(folder, "visual_projection.")
+    with pytest.raises(ConfigurationError, match=r"1 of .*shape: visual_projection\.weight;"):
+        TransformersClipFeatures(str(folder)).load()
+    part = TransformersClipFeatures(str(folder), projected=False)
+    whole = TransformersClipFeatures(str(vision_folder), projected=False)
+    part.load()
+    whole.load()
+    with torch.no_grad():
+        assert torch.equal(part(images), whole(images))
+
+
+def test_the_image_tower_of_a_whole_clip_is_taken(vision_folder: Path, tmp_path: Path) -> None:
+    text = CLIPTextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    config = {"text_config": text.to_dict(), "vision_config": VISION | {"projection_dim": 12}}
+    config["projection_dim"] = 12
+    whole = CLIPModel(CLIPModel.config_class(**config))
+    whole.save_pretrained(tmp_path)
+    features = TransformersClipFeatures(str(tmp_path))
+    features.load()
+    assert torch.equal(features.network.visual_projection.weight, whole.visual_projection.weight)
+
+
 def test_a_folder_without_weights_is_named(clip_folder: Path, tmp_path: Path) -> None:
     shutil.copy(clip_folder / "open_clip_config.json", tmp_path)
     with pytest.raises(ConfigurationError, match=r"has no open_clip_model\.safetensors"):
@@ -211,7 +286,6 @@ def test_layers_that_do_not_exist_are_refused(
 
 def test_a_tower_that_is_no_transformer_is_refused(tmp_path: Path) -> None:
     from open_clip.model import CLIP
-    from safetensors.torch import save_file
 
     model = {
         "embed_dim": 16,

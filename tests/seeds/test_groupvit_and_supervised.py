@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from cut_weights import drop_weights
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
@@ -129,6 +130,14 @@ def test_groupvit_predicts_over_windows(groupvit_folder: Path, sample: Sample) -
     assert set(made.label.unique().tolist()) - {0} == set(made.class_ids) <= {1, 2}
 
 
+def test_a_groupvit_that_lacks_weights_is_refused(groupvit_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "groupvit"
+    shutil.copytree(groupvit_folder, folder)
+    drop_weights(folder, "text_projection.")
+    with pytest.raises(ConfigurationError, match=r"as GroupViT: .*shape: text_projection\."):
+        GroupVit(str(folder), class_names=[["dog"]]).configure_model()
+
+
 @pytest.fixture(scope="module")
 def segformer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_segformer(tmp_path_factory.mktemp("models") / "segformer", 5)
@@ -191,6 +200,25 @@ def test_a_segmenter_of_more_classes_than_masks_can_number_is_refused(tmp_path: 
     with pytest.raises(ConfigurationError, match="model: 255 classes"):
         Supervised(str(folder)).configure_model()
     Supervised(str(folder), first_label=0).configure_model()
+
+
+def test_a_segmenter_that_lacks_weights_is_refused(segformer_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "segformer"
+    shutil.copytree(segformer_folder, folder)
+    drop_weights(folder, "decode_head.batch_norm.num_batches_tracked")
+    Supervised(str(folder)).configure_model()
+    drop_weights(folder, "decode_head.classifier.")
+    with pytest.raises(ConfigurationError, match=r"segmenter: .*shape: decode_head\.classifier\."):
+        Supervised(str(folder)).configure_model()
+
+
+def test_weights_that_only_training_uses_may_be_missing(
+    mask2former_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mask2former"
+    shutil.copytree(mask2former_folder, folder)
+    drop_weights(folder, "criterion.")
+    Supervised(str(folder)).configure_model()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 import transformers
+from cut_weights import drop_weights
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import WeightsEnum
@@ -224,9 +225,16 @@ def test_segformer_starts_from_a_published_encoder(tmp_path: Path) -> None:
     assert network.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 7, 16, 16)
 
 
-def test_segformer_names_what_it_cannot_load() -> None:
+def test_segformer_names_what_it_cannot_load(tmp_path: Path) -> None:
+    published = tmp_path / "encoder"
+    transformers.SegformerModel(transformers.SegformerConfig(**TINY_SEGFORMER)).save_pretrained(
+        published
+    )
     with pytest.raises(ConfigurationError, match="nowhere"):
         SegFormer(7, "./nowhere")
+    drop_weights(published, "encoder.block.0.")
+    with pytest.raises(ConfigurationError, match=r"cannot be loaded: .* not in its"):
+        SegFormer(7, str(published)).load_pretrained()
     with pytest.raises(ConfigurationError, match="one of them"):
         SegFormer(7, "nvidia/mit-b1", TINY_SEGFORMER)
 
