@@ -147,6 +147,13 @@ def test_steps_are_told_where_labels_are_cut(tmp_path: Path, sd1_folder: Path) -
         assert nested.steps[0].threshold == found
 
 
+def test_every_step_may_be_told_whatever_it_was_told_before() -> None:
+    steps = [Averaged([Averaged([Affinity(threshold=0.3)])]), Correspondence(binarise_at=None)]
+    outer, soft = told_threshold(steps, 0.15, always=True)
+    assert outer.steps[0].steps[0].threshold == 0.15
+    assert soft.binarise_at is None
+
+
 @pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.bfloat16), ("cpu", torch.float32)])
 def test_the_number_format_is_that_of_the_device_it_will_run_on(
     sd1_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype
