@@ -6,8 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,31 +208,51 @@ def test_dead_process_is_given_up_by_its_rank(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".finished*"))
 
 
-def test_failed_process_is_not_waited_for(tmp_path: Path) -> None:
+class Clock:
+    """A clock that only sleeping moves on, by a second each time, whatever is asked for."""
+
+    def __init__(self, every_second: Callable[[int], None]) -> None:
+        self.now = 0
+        self.every_second = every_second
+
+    def monotonic(self) -> float:
+        """The time."""
+        return float(self.now)
+
+    def sleep(self, _: float) -> None:
+        """Let a second pass."""
+        self.now += 1
+        self.every_second(self.now)
+
+
+def test_failed_process_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(now: int) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("g4seg_pl.callbacks.processes.time", Clock(never))
     files = ProcessFiles(tmp_path)
     files.finish(0)
     files.finish(1, failed=True)
-    began = time.monotonic()
     assert files.wait(2, patience=60) == (1,)
-    assert time.monotonic() - began < 5
 
 
-def test_slow_process_is_waited_for_while_it_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pause", "given_up"), [(3, ()), (6, (1,))])
+def test_slow_process_is_waited_for_while_it_writes(
+    tmp_path: Path, pause: int, given_up: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = ProcessFiles(tmp_path)
     files.finish(0)
 
-    def work() -> None:
-        for _ in range(8):
+    def work(now: int) -> None:
+        if now % pause == 0:
             with files.record(1).open("a") as file:
                 file.write("image\n")
-            time.sleep(0.25)
-        files.finish(1)
+        if now == 8 * pause:
+            files.finish(1)
 
-    worker = threading.Thread(target=work)
-    worker.start()
-    assert files.wait(2, patience=1.5) == ()
-    worker.join()
-    assert len(files.record(1).read_text().splitlines()) == 8
+    monkeypatch.setattr("g4seg_pl.callbacks.processes.time", Clock(work))
+    assert files.wait(2, patience=4) == given_up
+    assert given_up or len(files.record(1).read_text().splitlines()) == 8
 
 
 def test_runs_over_other_shards_do_not_touch_our_markers(tmp_path: Path) -> None:

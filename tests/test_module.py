@@ -3,8 +3,9 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,6 +16,8 @@ from PIL import Image
 
 from datamodules import VOCDataModule
 from datamodules.seed_files.maps import ReadOptions
+from g4seg_pl.callbacks.output_folder import OutputFolder
+from g4seg_pl.callbacks.processes import ProcessFiles
 from g4seg_pl.callbacks.records import read_records
 from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.core.affinity import Affinity
@@ -145,6 +148,13 @@ def test_steps_are_told_where_labels_are_cut(tmp_path: Path, sd1_folder: Path) -
     for given, found in ((0.3, 0.3), (0.5, 0.15)):
         nested = told_threshold(Averaged([Affinity(threshold=given)]), 0.15)
         assert nested.steps[0].threshold == found
+
+
+def test_every_step_may_be_told_whatever_it_was_told_before() -> None:
+    steps = [Averaged([Averaged([Affinity(threshold=0.3)])]), Correspondence(binarise_at=None)]
+    outer, soft = told_threshold(steps, 0.15, always=True)
+    assert outer.steps[0].steps[0].threshold == 0.15
+    assert soft.binarise_at is None
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.bfloat16), ("cpu", torch.float32)])
@@ -295,11 +305,12 @@ def test_findings_reach_the_soft_maps_and_the_records(tmp_path: Path, sd1_folder
 def test_second_predict_with_the_same_objects_looks_at_all_images(
     tmp_path: Path, sd1_folder: Path
 ) -> None:
-    module, datamodule = G4SegModule(str(sd1_folder)), data(tmp_path)
-    for folder in ("one", "two"):
+    module, datamodule = G4SegModule(str(sd1_folder), update=[]), data(tmp_path)
+    # The second has all of them left out.
+    for folder, done in (("one", 3), ("one", 0), ("two", 3)):
         writer = MaskWriter(tmp_path / folder)
         trainer(writer).predict(module, datamodule, return_predictions=False)
-        assert str(writer.summary) == "done 3 / skipped 0 / failed 0 / total 3"
+        assert str(writer.summary) == f"done {done} / skipped {3 - done} / failed 0 / total 3"
 
 
 def test_the_same_trainer_predicts_again(tmp_path: Path, sd1_folder: Path) -> None:
@@ -316,6 +327,78 @@ def test_the_same_trainer_predicts_again(tmp_path: Path, sd1_folder: Path) -> No
     again.predict(module, data(tmp_path), return_predictions=False)
     assert writer.summary.done == len(IDS)
     assert again.limit_predict_batches == 1.0
+
+
+class Broken(pl.Callback):
+    """Ends a run, once it is told to, when it is set up or with its first batch."""
+
+    at = ""
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        """Fail here, if asked to."""
+        if self.at == "setup":
+            raise RuntimeError
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        """Fail here, if asked to."""
+        if self.at == "batch":
+            raise RuntimeError
+
+
+def test_a_trainer_whose_idle_run_failed_predicts_again(tmp_path: Path, sd1_folder: Path) -> None:
+    writer, broken, module = MaskWriter(tmp_path), Broken(), G4SegModule(str(sd1_folder), update=[])
+    again, images = trainer(writer, broken), data(tmp_path)
+    again.predict(module, images, return_predictions=False)
+    broken.at = "setup"  # behind the writer, which has found nothing left to do
+    with pytest.raises(RuntimeError):
+        again.predict(module, images, return_predictions=False)
+    assert again.limit_predict_batches == 1.0
+
+
+def test_a_process_that_fails_says_so(tmp_path: Path, sd1_folder: Path) -> None:
+    writer, broken = MaskWriter(tmp_path / "out"), Broken()
+    broken.at = "batch"
+    with pytest.raises(RuntimeError):
+        trainer(writer, broken).predict(
+            G4SegModule(str(sd1_folder), update=[]), data(tmp_path), return_predictions=False
+        )
+    # As rank 0 sees it, which need not wait for it.
+    assert ProcessFiles(tmp_path / "out").wait(1, patience=0) == (0,)
+
+
+def test_a_slow_disk_does_not_let_masks_pile_up(
+    tmp_path: Path, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_voc(tmp_path, [f"image{index}" for index in range(6)])
+    saved: list[str] = []
+    over, save = Event(), OutputFolder.save
+
+    def slow(self: OutputFolder, mask: RefinedMask) -> None:
+        over.wait(0.3)  # longer than an image takes
+        save(self, mask)
+        saved.append(mask.image_id)
+
+    class Waiting(pl.Callback):
+        """How many masks wait for the disk after each batch."""
+
+        seen: ClassVar[list[int]] = []
+
+        def on_predict_batch_end(self, *_: Any) -> None:
+            """Count them."""
+            self.seen.append(len(self.seen) + 1 - len(saved))
+
+        def on_predict_end(self, *_: Any) -> None:
+            """Let the rest be written."""
+            over.set()
+
+    monkeypatch.setattr(OutputFolder, "save", slow)
+    trainer(MaskWriter(tmp_path / "out", threads=1), Waiting()).predict(
+        G4SegModule(str(sd1_folder), update=[]),
+        data(tmp_path, batch_size=1),
+        return_predictions=False,
+    )
+    assert len(saved) == len(Waiting.seen) == 6
+    assert max(Waiting.seen) <= 4 * 1
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from g4seg_pl.backbones.attention import (
     InjectedProcessor,
     attention_layers,
+    checkpointed,
     installed,
     token_grids,
 )
@@ -160,3 +161,17 @@ def test_grids_halve_and_round_up_as_the_unet_does(size: tuple[int, int]) -> Non
         block.register_forward_hook(lambda _, __, output: seen.add(tuple(output[0].shape[2:])))
     unet(torch.zeros(1, 4, *size), 0, torch.zeros(1, 1, 1280))
     assert set(token_grids(*size, 3).values()) == seen
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_gradient_checkpointing_is_left_as_it_was_found(
+    unet: UNet2DConditionModel, before: bool
+) -> None:
+    if before:
+        unet.enable_gradient_checkpointing()
+    try:
+        with checkpointed(unet, {}):
+            assert unet.is_gradient_checkpointing
+        assert unet.is_gradient_checkpointing == before
+    finally:
+        unet.disable_gradient_checkpointing()

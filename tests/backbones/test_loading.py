@@ -208,6 +208,19 @@ def test_weights_have_the_number_format_asked_for(sd2_folder: Path, dtype: torch
     assert parts.scheduler.config.prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("model", ["sd1_folder", "sdxl_folder"])
+def test_every_network_comes_from_the_variants_files(
+    model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = shutil.copytree(request.getfixturevalue(model), tmp_path / "model")
+    for weights in folder.rglob("*.safetensors"):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    kinds = {part.name for part in folder.iterdir() if list(part.glob("*.fp16.safetensors"))}
+    assert {"unet", "vae", "text_encoder"} <= kinds
+    parts = load_components(str(folder), torch.float32, "fp16")
+    assert all(isinstance(getattr(parts, name), torch.nn.Module) for name in kinds)
+
+
 def test_automatic_number_format_follows_the_device() -> None:
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16

@@ -104,6 +104,15 @@ def test_size_and_pooled_text_reach_the_unet(generator: StableDiffusion, noisy: 
     assert told.added["time_ids"].tolist() == [[64, 40, 0, 0, 64, 40]] * 2
 
 
+def test_sizes_stay_exact_with_a_model_in_16_bits(sdxl_folder: Path) -> None:
+    half = load_generator(str(sdxl_folder), torch.bfloat16)
+    with torch.no_grad():
+        told = half.conditions(torch.zeros(1, 4, 257, 16), half.embed([PROMPT]))
+    assert told.added is not None
+    # bfloat16 knows 1024 and 1032 only.
+    assert told.added["time_ids"].tolist() == [[1028, 64, 0, 0, 1028, 64]]
+
+
 def test_guidance_compares_with_what_the_pipeline_takes_for_no_prompt(
     generator: StableDiffusion, pipeline: StableDiffusionXLPipeline
 ) -> None:

@@ -1,5 +1,6 @@
 """The generator on tiny models of both generations, against diffusers' own pipeline."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,20 @@ def test_coding_is_the_autoencoders(
         torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
         decoded = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
         torch.testing.assert_close(generator.decode(latents), decoded, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_are_shifted_as_the_autoencoder_says(sd1_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sd1_folder, tmp_path / "model")
+    file = folder / "vae" / "config.json"
+    changes = {"shift_factor": 0.25, "scaling_factor": 0.5}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    shifted = StableDiffusion.from_pretrained(str(folder))
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        modes = shifted.vae.encode(images).latent_dist.mode()
+        torch.testing.assert_close(shifted.encode(images), (modes - 0.25) * 0.5)
+        decoded = shifted.vae.decode(modes).sample.clamp(-1, 1)
+        torch.testing.assert_close(shifted.decode((modes - 0.25) * 0.5), decoded)
 
 
 def test_autoencoder_takes_few_large_pictures_at_once(

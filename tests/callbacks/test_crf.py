@@ -143,6 +143,12 @@ def test_scaling_changes_widths_in_pixels_only() -> None:
     assert (scaled.bilateral_colour, scaled.bilateral_weight) == (13, 10)
 
 
+def test_settings_by_hand_are_scaled_as_a_presets_are() -> None:
+    own = DenseCRF(scale=0.5, settings=CRFSettings(2, 3, 40, 13, 10))
+    assert own.effective_settings == CRFSettings(1, 3, 20, 13, 10)
+    assert DenseCRF("seam", scale=0.5).effective_settings == preset("seam").scaled(0.5)
+
+
 def test_marginals_sum_to_one_and_follow_the_colours() -> None:
     image, probabilities = two_halves()
     marginals = dense_crf(image, probabilities, SMALL)

@@ -90,6 +90,20 @@ def test_band_and_weight_and_their_union() -> None:
     np.testing.assert_array_equal(labels_after(ready(both, module), mask), union)
 
 
+def test_what_lies_just_at_a_limit_is_kept() -> None:
+    maps = torch.tensor([[[0.25, 0.375, 0.75, 0.875]]])
+    label = torch.full((1, 4), 3, dtype=torch.uint8)
+    mask = RefinedMask("a", (3,), maps, label, pixel_weights=maps)
+    module = G4SegModule("model")
+    band = labels_after(ready(IgnoreUncertain(between=(0.25, 0.75)), module), mask)
+    assert band.tolist() == [[3, 255, 3, 3]]
+    weight = labels_after(ready(IgnoreUncertain(least_weight=0.75), module), mask)
+    assert weight.tolist() == [[255, 255, 3, 3]]
+    # One class behind a dense CRF: its own marginal and what is left.
+    probability = labels_after(ready(IgnoreUncertain(0.75), module, DenseCRF()), mask)
+    assert probability.tolist() == [[255, 255, 3, 3]]
+
+
 def test_an_image_without_classes_is_background() -> None:
     empty = RefinedMask("a", (), torch.zeros(0, 4, 5), torch.zeros(4, 5, dtype=torch.uint8))
     callback = ready(IgnoreUncertain(0.99, (0.0, 1.0), 0.5), G4SegModule("model"))

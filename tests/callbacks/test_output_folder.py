@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -16,10 +17,11 @@ from g4seg_pl.callbacks.crf import DenseCRF
 from g4seg_pl.callbacks.output_folder import OutputFolder, SoftFormat, summarise
 from g4seg_pl.callbacks.palette import voc_palette
 from g4seg_pl.callbacks.records import RecordFile, read_records
+from g4seg_pl.callbacks.resume import refuse_own_inputs
 from g4seg_pl.callbacks.run_record import describe, differing_keys
 from g4seg_pl.core.steps import Correspondence
 from g4seg_pl.segmentation.label_folder import LabelFolder
-from g4seg_pl.types import BadItemError, G4SegError, RefinedMask
+from g4seg_pl.types import BadItemError, ConfigurationError, G4SegError, RefinedMask
 
 
 def refined(image_id: str = "a.b") -> RefinedMask:
@@ -94,6 +96,17 @@ def test_findings_lie_beside_the_soft_maps(tmp_path: Path) -> None:
         assert set(content) == {"foreground", "class_ids", *found}
         assert content["confidence"].dtype == np.float16
         np.testing.assert_array_equal(content["score"], found["score"])
+
+
+@pytest.mark.parametrize("name", ["root", "seeds", "truth"])
+@pytest.mark.parametrize("part", ["masks", "soft", "masks/deeper"])
+def test_masks_do_not_go_where_anything_is_read(tmp_path: Path, name: str, part: str) -> None:
+    folder = OutputFolder(tmp_path / "out")
+    places = {each: tmp_path / each for each in ("root", "seeds", "truth")}
+    refuse_own_inputs(folder, SimpleNamespace(**places))
+    places[name] = tmp_path / "out" / part
+    with pytest.raises(ConfigurationError, match=rf"data\.{name} is .*out/{part}"):
+        refuse_own_inputs(folder, SimpleNamespace(**places))
 
 
 @pytest.mark.parametrize("image_id", ["", "..", "../a", "a/../b", "/a", "a\\b"])

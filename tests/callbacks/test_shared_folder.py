@@ -13,7 +13,7 @@ from command_line import environment
 
 from g4seg_pl.callbacks.folder_lock import ProcessLock, folder_lock
 from g4seg_pl.callbacks.output_folder import OutputFolder
-from g4seg_pl.callbacks.records import RecordFile, last_records, read_records
+from g4seg_pl.callbacks.records import RecordFile, last_records, new_record, read_records
 from g4seg_pl.callbacks.resume import finished_by, open_run
 from g4seg_pl.callbacks.run_record import write_text_atomically
 from g4seg_pl.types import ConfigurationError, RefinedMask
@@ -181,11 +181,14 @@ def test_line_cut_by_a_kill_does_not_swallow_the_next(tmp_path: Path) -> None:
     assert [record["id"] for record in read_records(tmp_path)] == ["a", "c"]
 
 
-def test_last_record_counts_whichever_file_holds_it(tmp_path: Path) -> None:
-    for part in ("shard1of2.rank0", "shard2of2.rank0"):
-        records = RecordFile(tmp_path / f"records.{part}.jsonl")
-        records.add("a", error=f"in {part}")
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_last_record_counts_whichever_file_holds_it(tmp_path: Path, order: tuple[int, ...]) -> None:
+    for part, second in enumerate(order):
+        records = RecordFile(tmp_path / f"records.shard{part + 1}of3.rank0.jsonl")
+        time = f"2026-01-01T00:00:0{second}.000+00:00"
+        records.write(new_record("a", error=f"of second {second}") | {"time": time})
         records.add("b", error="not asked for")
     found = last_records(tmp_path, {"a", "c"})
-    every = [record for record in read_records(tmp_path) if record["id"] == "a"]
-    assert found == {"a": every[-1]}
+    assert {name: record["error"] for name, record in found.items()} == {"a": "of second 2"}
+    every = [record["error"] for record in read_records(tmp_path) if record["id"] == "a"]
+    assert every == ["of second 0", "of second 1", "of second 2"]

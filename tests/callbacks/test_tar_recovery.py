@@ -9,7 +9,7 @@ from tar_masks import IDS, die, files, fill, names, refined
 
 from g4seg_pl.callbacks.tar_folder import TarFolder
 from g4seg_pl.callbacks.tar_manifest import stored_tars
-from g4seg_pl.callbacks.tar_writer import TarSize
+from g4seg_pl.callbacks.tar_writer import TarSize, finish
 from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.types import BadItemError, ConfigurationError
 
@@ -47,6 +47,54 @@ def test_tar_that_another_run_is_filling_is_left_alone(tmp_path: Path) -> None:
     sink.save(refined("late"), {"id": "late"})
     sink.close()
     assert folder.finished() == {*IDS, "late"}
+
+
+def test_tar_that_was_finished_just_now_is_not_finished_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening it and having its lock, its run completes it; another writes it anew."""
+    folder = TarFolder(tmp_path)
+    sink = fill(folder)
+    (left,) = stored_tars(folder.masks)
+    whole = left.path.read_bytes()
+
+    def late(file: FileIO) -> bool:
+        sink.close()
+        left.path.write_bytes(whole[:4000])
+        return True
+
+    monkeypatch.setattr("g4seg_pl.callbacks.tar_writer.try_lock", late)
+    assert not finish(left, ours=True)
+    assert left.target.read_bytes().startswith(whole)
+    assert left.path.read_bytes() == whole[:4000]
+    assert len(files(folder.masks)) == 2 * len(IDS)
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_kill_while_a_folder_is_emptied_leaves_nothing_that_looks_lost(
+    tmp_path: Path,
+    removed: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = TarFolder(tmp_path, size=TarSize(images=4))
+    fill(folder).close()
+    gone: list[Path] = []
+    unlink = Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if len(gone) == removed:
+            raise KeyboardInterrupt
+        gone.append(path)
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.clear()
+    assert len(names(folder)) == 4 - removed
+    folder.mend(shard=None)
+    assert capsys.readouterr().err == ""
 
 
 def test_without_locks_only_tars_of_the_same_shard_are_finished(

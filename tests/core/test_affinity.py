@@ -116,6 +116,18 @@ def test_draws_are_more_heads() -> None:
         torch.testing.assert_close(both.propagate(values), (parts[0] + parts[1]) / 2)
 
 
+def test_a_steps_draws_are_different_ones_and_averaged(
+    scene: SceneMaker, soft_masks: Tensor
+) -> None:
+    context = scene()
+    one, two = (Affinity(form="heads", norm="none", draws=draws) for draws in (1, 2))
+    first = one(soft_masks, context)
+    second = one(soft_masks, context.variant(first_draw=1))
+    assert (first - second).abs().max() > 1e-3
+    found = two(soft_masks, context)
+    torch.testing.assert_close(found, (first + second) / 2, rtol=0, atol=1e-5)
+
+
 def test_a_gaussian_of_distances_is_an_attention() -> None:
     points = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * 4 + 100
     flat = points.flatten(2).mT

@@ -31,7 +31,7 @@ def looped_neighbours(queries: np.ndarray, references: np.ndarray, radius: float
     return np.array(found)
 
 
-@pytest.mark.parametrize("radius", [0.0, 1.5])
+@pytest.mark.parametrize("radius", [0.0, 1.5, 2.0])
 @pytest.mark.parametrize("chunk", [5, 1024])
 def test_neighbours_are_those_of_a_loop(radius: float, chunk: int) -> None:
     queries, references = np.random.default_rng(0).normal(size=(2, 2, 6, 5, 7))
@@ -126,6 +126,15 @@ def test_on_the_masks_own_grid_mixing_is_equation_9(carry: str) -> None:
     foreground, target = torch.rand(2, 3, 5, 5).unbind()
     found = mix(foreground, foreground, target, 0.8, None, carry=carry)
     torch.testing.assert_close(found, 0.8 * foreground + 0.2 * target)
+
+
+def test_both_ends_of_the_confidence_range_may_change() -> None:
+    foreground = torch.tensor([[[0.125, 0.25, 0.5, 0.625]]])
+    target = 1 - foreground
+    found = mix(foreground, foreground, target, 0.0, (0.25, 0.5), carry="values")
+    torch.testing.assert_close(found, torch.tensor([[[0.125, 0.75, 0.5, 0.625]]]))
+    upper = mix(foreground, foreground, torch.zeros(1, 1, 4), 0.0, (0.25, 0.5))
+    assert upper.flatten().tolist() == [0.125, 0.0, 0.0, 0.625]
 
 
 def test_only_the_difference_is_interpolated_so_edges_survive() -> None:

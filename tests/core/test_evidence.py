@@ -156,6 +156,25 @@ def test_choosing_by_evidence(scene: SceneMaker, soft_masks: Tensor) -> None:
     assert torch.equal(stays(soft_masks, scene()), soft_masks)
 
 
+def test_pixels_weigh_how_surely_the_name_is_heard_inside_the_mask(
+    scene: SceneMaker, soft_masks: Tensor
+) -> None:
+    context = scene()
+    chosen = ChooseByLikelihood([[Blur(6.0)]], evidence=FEW)(soft_masks, context)
+    inside = functional.avg_pool2d((chosen >= 0.5).float()[:, None], 4)
+    gain = inside * FEW.passes(judging(context))
+    gain = functional.avg_pool2d(gain, 3, 1, 1, count_include_pad=False)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    error = gain.std(1).clamp_min(1e-30) / 4**0.5
+    sure = normal.cdf(gain.mean(1) / error)
+    expected = functional.interpolate(sure[:, None], (64, 64), mode="bilinear")[:, 0]
+    # Outside, where nothing is claimed, nothing is known.
+    outside = functional.max_pool2d((chosen >= 0.5).float(), 33, 1, 16) == 0
+    found = context.kept["pixel_weights"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert (found[outside] == 0.5).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from injections import given_to_the_unet
 from torch import Tensor
 from torch.nn import functional
 
@@ -148,6 +149,29 @@ def test_pixels_weigh_how_surely_the_chosen_mask_beats_the_empty_one(
     expected = functional.interpolate(sure[:, None], (64, 64), mode="bilinear")[:, 0]
     assert (expected - 0.5).abs().max() > 0.4
     torch.testing.assert_close(context.kept["pixel_weights"], expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_candidates_are_injected_where_asked(
+    cross: bool, scene: SceneMaker, soft_masks: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = scene()
+    seen = given_to_the_unet(context.generator, monkeypatch)
+    choice = ChooseByLikelihood(
+        [], draws=1, inject_cross_attention=cross, inject_self_attention=not cross
+    )
+    choice.losses([soft_masks], context)
+    ((_, injection),) = seen
+    assert (injection.cross_attention, injection.self_attention) == (cross, not cross)
+
+
+def test_findings_are_shown_to_the_callback_too(scene: SceneMaker, soft_masks: Tensor) -> None:
+    context, seen = scene(), list[RefinementState]()
+    choice = ChooseByLikelihood([[Averaged([Noisy()], draws=2)]], draws=1)
+    refine(soft_masks, context, [choice], seen.append)
+    artifacts, kept = seen[0].artifacts, context.kept
+    for name in ("confidence", "score", "pixel_weights"):
+        torch.testing.assert_close(artifacts[name], kept[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_only_the_last_of_a_list_counts_unless_asked(scene: SceneMaker, soft_masks: Tensor) -> None:

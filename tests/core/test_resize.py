@@ -32,3 +32,12 @@ def test_images_map_to_minus_one_and_one() -> None:
     assert torch.equal(working[..., 0], -torch.ones(3, 4))
     assert torch.equal(working[..., 1], torch.ones(3, 4))
     assert image_to_working(image, (7, 9)).shape == (3, 7, 9)
+
+
+def test_detail_finer_than_the_working_size_is_averaged() -> None:
+    board = (torch.arange(15)[:, None] + torch.arange(15)) % 2
+    # A third: the centre of a cell is that of a pixel, which alone would be 0 or 1.
+    grey = masks_to_working(board[None].float(), (5, 5))[:, 1:-1, 1:-1]
+    torch.testing.assert_close(grey, torch.full((1, 3, 3), 0.5), rtol=0, atol=0.02)
+    image = (255 * board).to(torch.uint8).expand(3, -1, -1)
+    assert image_to_working(image, (5, 5))[:, 1:-1, 1:-1].abs().max() < 0.04

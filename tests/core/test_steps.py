@@ -13,7 +13,13 @@ from torch.nn import functional
 from g4seg_pl.backbones.stable_diffusion import StableDiffusion
 from g4seg_pl.core.context import RefinementContext, resize_features
 from g4seg_pl.core.diffusion import predict_clean
-from g4seg_pl.core.generation import denoise, noised, rows_per_class, rows_per_image
+from g4seg_pl.core.generation import (
+    denoise,
+    groups_per_image,
+    noised,
+    rows_per_class,
+    rows_per_image,
+)
 from g4seg_pl.core.injection import Injection
 from g4seg_pl.core.refine import RefinementState, refine
 from g4seg_pl.core.steps import Blur, Correspondence
@@ -294,6 +300,19 @@ def test_all_classes_of_an_image_share_one_pass_and_one_picture(
     assert rows.tokens[0].sum(-1).tolist() == [1, 1, 2]
     assert rows.tokens[1].sum(-1).tolist() == [2, 0, 0]
     assert not rows.foreground[1, 1:].any()
+
+
+def test_masks_come_back_in_their_order_where_images_alternate(
+    make_context: ContextMaker, foreground: Tensor
+) -> None:
+    context = make_context((0, 3, 1))
+    assert context.owner.tolist() == [0, 1, 0]
+    groups = groups_per_image(context)
+    masks = foreground[[0, 3, 1]]
+    together = groups.gather(masks)
+    assert torch.equal(together[0], masks[[0, 2]])
+    assert torch.equal(together[1, 0], masks[1])
+    assert torch.equal(groups.scatter(together), masks)
 
 
 def test_a_name_within_an_earlier_name_is_marked_at_its_own_place(

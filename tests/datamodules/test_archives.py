@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -118,6 +119,45 @@ def test_processes_and_threads_do_not_move_each_others_place(local: Path) -> Non
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(lambda _: _read_all(archive, 25), range(4)))
     assert mine
+
+
+class _Hesitant(io.BufferedReader):
+    """A file in which every process is met by the others between seeking and reading."""
+
+    def seek(self, *where: int) -> int:
+        place = super().seek(*where)
+        time.sleep(0.005)
+        return place
+
+
+def test_forked_processes_read_large_members_each_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger than what is read ahead, so that every one is sought in the file itself."""
+
+    def open_hesitantly(url: str, **_: object) -> _Hesitant:
+        return _Hesitant(io.FileIO(url))
+
+    monkeypatch.setattr("datamodules.archives.open_binary", open_hesitantly)
+    contents = {str(index): bytes([index]) * 100_000 for index in range(4)}
+    (tmp_path / "a.tar").write_bytes(tar_of(contents))
+    archive = TarArchive(tmp_path / "a.tar")
+    archive.read("0")  # opens the tar before the fork
+
+    def read() -> None:
+        for _ in range(10):
+            assert contents_of(archive) == contents
+
+    # What a forked process is to run is not pickled: this very archive goes along.
+    processes = [multiprocessing.get_context("fork").Process(target=read) for _ in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        read()
+    finally:
+        for process in processes:
+            process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 class _Ranges(BaseHTTPRequestHandler):

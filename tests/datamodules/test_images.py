@@ -79,6 +79,20 @@ def test_rotation_in_exif(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
         check_size(tmp_path / "seed.npy", "seed", (7, 11), (11, 7), "")
 
 
+@pytest.mark.parametrize("noted", range(1, 9))
+def test_the_header_says_how_large_the_turned_picture_is(
+    noted: int, pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = noted
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    # By the standard 5 to 8 lie on their side.
+    assert header_size(tmp_path / "a.png", "exif") == ((11, 7) if noted >= 5 else (7, 11))
+    assert read_image(tmp_path / "a.png", "exif").shape[:2] == header_size(
+        tmp_path / "a.png", "exif"
+    )
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_truncated_pictures(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"cut.{suffix}"

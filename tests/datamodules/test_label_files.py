@@ -80,3 +80,11 @@ def test_ids_may_be_file_names(kind: str, suffix: str, tmp_path: Path) -> None:
     assert labels.read("2007_000032") == (15,)
     if kind != "npy":
         assert labels.read("v1.5_photo") == (4,)
+
+
+def test_only_what_is_above_zero_is_there(tmp_path: Path) -> None:
+    """Some files have -1 for a class that is not there, or that nobody looked for."""
+    array = np.full(20, -1, np.float32)
+    array[[2, 14]], array[5] = 1, 0
+    labels = FileLabels(save(tmp_path / "labels.npy", {"a": array}), read_class_list("voc"))
+    assert labels.read("a") == (3, 15)

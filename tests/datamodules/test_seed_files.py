@@ -118,6 +118,16 @@ def test_two_dialects_in_one_file_are_ambiguous(maps: Maps, tmp_path: Path) -> N
     np.testing.assert_allclose(forced.scores.numpy(), maps * 0.5)
 
 
+def test_clip_es_gives_its_refined_map_where_both_are_there(maps: Maps, tmp_path: Path) -> None:
+    both = {"keys": np.array([2, 14]), "highres": maps * 0.5, "attn_highres": maps}
+    refined = read_seed(save(tmp_path / "a.npy", both), SIZE, CLASSES)
+    np.testing.assert_allclose(refined.scores.numpy(), maps)
+    before = {name: value for name, value in both.items() if name != "attn_highres"}
+    np.testing.assert_allclose(
+        read_seed(save(tmp_path / "b.npy", before), SIZE, CLASSES).scores.numpy(), maps * 0.5
+    )
+
+
 def test_forcing_another_dialect_fails(maps: Maps, tmp_path: Path) -> None:
     for dialect in ("irn", "png", "coco", "seam"):
         with pytest.raises(BadItemError, match=f"(?s)a.npy.*{dialect}"):

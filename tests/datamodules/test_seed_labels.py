@@ -139,3 +139,25 @@ def test_coco_json(tmp_path: Path) -> None:
     assert seeds.read("000000000139", SIZE, (80,)).class_ids == (80,)
     with pytest.raises(BadItemError, match="no mask for image"):
         seeds.check("000000000009")
+
+
+def test_masks_of_one_class_join_and_the_higher_score_counts(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools", reason="extra: coco")
+
+    def rectangle(left: float, right: float) -> list[list[float]]:
+        return [[left, 2.0, right, 2.0, right, 6.0, left, 6.0]]
+
+    one, other = (
+        {"image_id": 9, "category_id": 1, "segmentation": rectangle(2, 8), "score": 0.75},
+        {"image_id": 9, "category_id": 1, "segmentation": rectangle(5, 12), "score": 0.5},
+    )
+    expected = np.zeros(SIZE, np.float32)
+    expected[2:6, 5:12] = 0.5
+    expected[2:6, 2:8] = 0.75
+    options = ReadOptions(category_ids="contiguous")
+    for name, entries in (("a.json", [one, other]), ("b.json", [other, one])):
+        (tmp_path / name).write_text(json.dumps(entries))
+        seeds = open_seeds(tmp_path / name, read_class_list("coco"), options=options)
+        seed = seeds.read("9", SIZE, None)
+        assert seed.class_ids == (1,)
+        np.testing.assert_array_equal(seed.scores[0].numpy(), expected)

@@ -36,6 +36,14 @@ def test_standard_error_is_near_that_of_many_explicit_draws() -> None:
     assert estimate.interval[0] < estimate.value < estimate.interval[1]
 
 
+def test_standard_error_of_two_draws_is_that_of_a_sample() -> None:
+    """Of a and b it is |a - b| / √2; the interval from 2.5 to 97.5 % is 0.95 of their distance."""
+    estimate = bootstrap_mean_iou(matrices(2), resamples=2)
+    low, high = estimate.interval
+    assert high > low
+    assert estimate.standard_error == pytest.approx((high - low) / 0.95 / 2**0.5)
+
+
 def test_gain_over_itself_is_exactly_nothing() -> None:
     counts = matrices(4)
     gain = paired_gain(counts, counts)

@@ -118,6 +118,16 @@ def test_excluded_pixels_cost_nothing_at_the_boundary_either() -> None:
             assert (counts[0] == counts[1]).all() == perfect
 
 
+def test_255_that_means_background_is_background_at_the_boundary_too() -> None:
+    truth, prediction = square(10), square(12)
+    filled = prediction.copy()
+    prediction[prediction == 0] = 255
+    found = score_image(prediction, truth, 2, "background", boundary=True)
+    expected = score_image(filled, truth, 2, "background", boundary=True)
+    for name in ("overlap", "boundary", "trimap"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_all_bad_files_are_named_at_once(tmp_path: Path) -> None:
     predictions = random_maps(0)
     pred, gt = write(tmp_path / "pred", predictions), write(tmp_path / "gt", random_maps(1))

@@ -315,7 +315,7 @@ def test_killed_process_goes_on_as_if_nothing_had_happened(root: Path) -> None:
     def command(run: str) -> list[str]:
         logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", run]
         logger += ["--trainer.logger.flush_logs_every_n_steps", "1", "--run", run]
-        steps = ["--trainer.max_steps", "6", "--trainer.log_every_n_steps", "1"]
+        steps = ["--trainer.max_steps", "18", "--trainer.log_every_n_steps", "1"]
         steps += ["--trainer.check_val_every_n_epoch", "1", "--data.batch_size", "1"]
         script = [sys.executable, str(REPOSITORY / "train_seg.py"), "fit"]
         base = words(root, "scenes_small")
@@ -327,10 +327,14 @@ def test_killed_process_goes_on_as_if_nothing_had_happened(root: Path) -> None:
         command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     began = time.monotonic()
-    while not (root / "killed/last.ckpt").exists() and time.monotonic() - began < 120:
-        time.sleep(0.02)
+    checkpoint = root / "killed/last.ckpt"
+    while not checkpoint.exists() and killed.poll() is None and time.monotonic() - began < 120:
+        time.sleep(0.005)
+    # Otherwise what follows would compare two runs that nothing happened to.
+    assert checkpoint.exists()
+    assert killed.poll() is None
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     subprocess.run(command("killed"), env=environment, check=True, capture_output=True)
-    assert len(losses(root / "whole")) == 6
+    assert len(losses(root / "whole")) == 18
     assert losses(root / "killed") == pytest.approx(losses(root / "whole"))

@@ -46,6 +46,26 @@ def test_one_scale_is_the_networks_own_answer(network: nn.Module) -> None:
     assert torch.allclose(found, resized(network(images), (33, 47)).softmax(1))
 
 
+def test_no_side_becomes_shorter_than_networks_can_take(network: nn.Module) -> None:
+    sizes: list[tuple[int, ...]] = []
+
+    def noted(images: Tensor) -> Tensor:
+        sizes.append(tuple(images.shape[2:]))
+        return network(images)
+
+    predict_probabilities(noted, torch.randn(1, 3, 40, 100), (0.5, 0.25, 1.5))
+    assert sizes == [(32, 50), (32, 32), (60, 150)]
+
+
+def test_classes_come_in_order_and_once_however_they_are_allowed() -> None:
+    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(4, 1, 1).repeat(1, 1, 2)
+    probabilities[2, 0, 1] = 0.5
+    found = present_classes(probabilities, allowed=[3, 2, 3])
+    assert found.class_ids == (2, 3)
+    expected = torch.tensor([[0.3 / 0.8, 0.5 / 1.0], [0.4 / 0.8, 0.4 / 1.0]])
+    torch.testing.assert_close(found.scores[:, 0], expected)
+
+
 def test_flip_makes_the_answer_to_a_mirror_image_its_mirror_image(network: nn.Module) -> None:
     images = torch.randn(1, 3, 32, 48)
     one = predict_probabilities(network, images, flip=True)

@@ -61,6 +61,13 @@ def test_confident_pixels_only(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     assert loss.item() == pytest.approx(expected.item())
 
 
+def test_a_pixel_of_just_the_least_confidence_counts() -> None:
+    soft = torch.tensor([[0.75, 0.5], [0.25, 0.5]]).view(1, 2, 1, 2)
+    logits, mask = torch.tensor([[1.0, 2.0], [0.0, 0.0]]).view(1, 2, 1, 2), torch.zeros(1, 1, 2)
+    loss = ConfidentCrossEntropy(least=0.75)(logits, mask.long(), soft)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1.0)))
+
+
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
 def test_weights_are_the_labels_probabilities(
     batch: tuple[Tensor, Tensor, Tensor], power: float

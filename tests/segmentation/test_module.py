@@ -367,3 +367,21 @@ def test_impossible_runs_are_refused(
 ) -> None:
     with pytest.raises(ConfigurationError, match=said):
         trainer(root, **settings).fit(small(**changes), data_module(root))
+
+
+def test_every_process_draws_its_own_numbers_in_every_epoch() -> None:
+    """The same again in a run that is resumed."""
+
+    def drawn(epoch: int, rank: int, seed: int = 0) -> float:
+        module = SegmentationModule(Dropping(), seed=seed)
+        module._trainer = SimpleNamespace(  # type: ignore[assignment]
+            current_epoch=epoch, global_rank=rank
+        )
+        module.on_train_epoch_start()
+        return float(torch.rand(()))
+
+    with torch.random.fork_rng():
+        places = [(epoch, rank, seed) for epoch in (0, 1) for rank in (0, 1) for seed in (0, 1)]
+        found = [drawn(*place) for place in places]
+        assert len(set(found)) == len(places)
+        assert [drawn(*place) for place in places] == found

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR, PolynomialLR
 from g4seg_pl.segmentation.optimisation import (
     HEADS,
     freeze_batch_norm,
+    is_head,
     parameter_groups,
     poly_factor,
 )
@@ -42,6 +43,13 @@ def test_poly_schedule_ends_at_zero_and_warms_up() -> None:
     assert poly_factor(150, 100) == 0
     warming = [poly_factor(step, 100, power=1.0, warmup=4) for step in range(6)]
     assert warming == pytest.approx([0.2, 0.4 * 0.99, 0.6 * 0.98, 0.8 * 0.97, 0.96, 0.95])
+
+
+def test_a_head_is_a_whole_part_of_a_name() -> None:
+    assert is_head("head", HEADS)
+    assert is_head("decoder.blocks.0.weight", HEADS)
+    assert not any(is_head(name, HEADS) for name in ("header.weight", "decoder_norm.weight"))
+    assert not is_head("backbone.head.weight", HEADS)
 
 
 def test_every_trainable_parameter_is_in_one_group() -> None:

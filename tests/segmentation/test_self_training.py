@@ -96,6 +96,40 @@ def test_without_a_refiner_labels_are_the_predictions(root: Path) -> None:
     assert len(data.training_images) == 3
 
 
+class Modes(Callback):
+    """Whether the network was training at each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Record it."""
+        self.seen.append(pl_module.network.training)
+
+
+def test_refreshed_labels_are_the_best_of_the_images_own_classes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a network that would find every class everywhere; it trains on afterwards."""
+    numbers, predicted = torch.Generator().manual_seed(0), list[torch.Tensor]()
+
+    def everything(_: Any, module: Any, image: torch.Tensor) -> torch.Tensor:
+        assert not module.training
+        predicted.append(torch.rand(21, *image.shape[1:], generator=numbers))
+        return predicted[-1] / predicted[-1].sum(0)
+
+    monkeypatch.setattr(RefreshPseudoLabels, "_probabilities", everything)
+    refresh, modes = RefreshPseudoLabels(root / "refreshed", every_n_epochs=1), Modes()
+    trainer(root, refresh, modes, max_epochs=2).fit(small(), data_module(root))
+    assert modes.seen
+    assert all(modes.seen)
+    for image_id, own, scores in zip(IDS, CLASSES, predicted, strict=True):
+        candidates = np.array([0, *sorted(own)])
+        expected = candidates[scores[candidates].argmax(0)]
+        found = label_file(root / "refreshed/epoch001/masks" / f"{image_id}.png")
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_resumed_run_trains_on_the_refreshed_labels(root: Path) -> None:
     def callbacks() -> list[Callback]:
         return [RefreshPseudoLabels(root / "refreshed", every_n_epochs=1), last(root)]
