@@ -33,6 +33,7 @@ from g4seg_pl.types import (
     G4SegError,
     RefinedMask,
     Sample,
+    check_class_count,
     check_counts,
     check_working_size,
 )
@@ -148,6 +149,9 @@ class G4SegModule(pl.LightningModule):
             raise ConfigurationError(msg)
         check_counts(1, masks_per_pass=self.masks_per_pass)
         check_working_size(self.working_size)
+        classes = getattr(getattr(self._trainer, "datamodule", None), "class_list", None)
+        if classes is not None:
+            check_class_count("data.class_names", len(classes))
         self._require_full_precision()
         self._require_streaming()
         if self._has_work():
@@ -158,7 +162,6 @@ class G4SegModule(pl.LightningModule):
                 check_folder(self.cache_features)
             if self.controlnet is not None:
                 require_injection(self.update)
-                classes = getattr(getattr(self._trainer, "datamodule", None), "class_list", None)
                 names = () if classes is None else classes.prompts
                 self.controlnet.check(self.model, self.revision, names)
 

@@ -24,7 +24,7 @@ from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.pictures import PictureLike, mask_to_tensor, picture_to_tensor, tensor_like
 from g4seg_pl.recipes import Recipe, steps_of
-from g4seg_pl.types import BadItemError, Sample, Seed, check_working_size
+from g4seg_pl.types import BadItemError, Sample, Seed, check_sample, check_working_size
 
 MaskLike = TypeVar("MaskLike", Image.Image, np.ndarray, Tensor)
 
@@ -260,6 +260,9 @@ class G4SegRefiner:
 
         Returns:
             Float32 ``(K, H, W)`` in [0, 1] on the CPU, one tensor a sample.
+
+        Raises:
+            BadItemError: a sample is not as `Sample` says; the message names image and field.
         """
         return [found.foreground for found in self.refine_with_findings(samples, callback)]
 
@@ -276,7 +279,12 @@ class G4SegRefiner:
 
         Returns:
             One a sample; a sample without masks has no findings.
+
+        Raises:
+            BadItemError: a sample is not as `Sample` says; the message names image and field.
         """
+        for sample in samples:
+            check_sample(sample)
         results = [Refinement(sample.seed.scores.float().cpu()) for sample in samples]
         seeds = [result.foreground.to(self._resizes_on) for result in results]
         occupied = [index for index, seed in enumerate(seeds) if len(seed)]
