@@ -54,7 +54,8 @@ class G4SegModule(pl.LightningModule):
     Args:
         model: a diffusers folder or hub id of Stable Diffusion 1.x or 2.x, an LCM or SDXL.
         update: the update steps in order; the paper's one if None. Steps whose ``threshold``, or
-            ``binarise_at`` of the injection, has its default take that of ``background``.
+            ``binarise_at`` of the injection, has its default take that of ``background``; those of
+            your own where the field says so, see ``core.threshold.told_threshold``.
         features: F of Eq. 8, an extractor of dense features; the model's own autoencoder
             if None.
         background: how the background is scored when label maps are made.

@@ -87,8 +87,9 @@ class G4SegRefiner:
             features: a loaded feature extractor on the same device.
             steps: the updates, in order; None for the recipe ``best``.
             threshold: the score from which a pixel of these masks counts as foreground, between 0
-                and 1. Steps that cut masks work with it unless they have a value of their own;
-                None leaves them at 0.5.
+                and 1. Steps that cut masks work with it unless they have a value of their own
+                (those of your own as ``core.threshold.told_threshold`` says); None leaves them
+                at 0.5.
             seed: the run's seed.
             prompt_template: the prompt, with one ``{}`` for the class.
             masks_per_pass: how many masks at most enter a network at once.
