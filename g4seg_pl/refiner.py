@@ -23,7 +23,7 @@ from g4seg_pl.feature_cache import check_folder, open_cache
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.pictures import PictureLike, mask_to_tensor, picture_to_tensor, tensor_like
-from g4seg_pl.recipes import Recipe, steps_of
+from g4seg_pl.recipes import Recipe, as_steps, steps_of
 from g4seg_pl.types import BadItemError, Sample, Seed, check_sample, check_working_size
 
 MaskLike = TypeVar("MaskLike", Image.Image, np.ndarray, Tensor)
@@ -97,13 +97,13 @@ class G4SegRefiner:
             cache: such as ``feature_cache.FeatureCache``.
 
         Raises:
-            ValueError: the threshold is not strictly between 0 and 1, or the working size no
-                multiple of 8.
+            ValueError: the threshold is not strictly between 0 and 1, the working size no
+                multiple of 8, or the steps are a text.
         """
         self.generator = generator
         self.features = features
         self.threshold = threshold
-        self.steps = steps_of("best") if steps is None else tuple(steps)
+        self.steps = steps_of("best") if steps is None else as_steps(steps)
         if threshold is not None:
             check_threshold(threshold)
             self.steps = told_threshold(self.steps, threshold)
@@ -163,13 +163,14 @@ class G4SegRefiner:
                 the same ones again need not encode them.
 
         Raises:
-            ConfigurationError: a model cannot be loaded; the message names the remedy.
+            ConfigurationError: a model cannot be loaded, or the steps are a text; the message
+                names the remedy.
         """
+        chosen = steps_of(recipe) if steps is None else as_steps(steps)
         if cache_features is not None:
             check_folder(cache_features)
         place = place_of(device)
         number_format = resolve_dtype(dtype, place)
-        chosen = tuple(steps_of(recipe) if steps is None else steps)
         if controlnet is not None:
             require_injection(chosen)
         plain = load_generator(

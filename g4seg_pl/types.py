@@ -107,7 +107,7 @@ def check_sample(sample: Sample) -> None:
 
     Raises:
         BadItemError: the image is not uint8 ``(3, H, W)``, the maps are not of its size or not
-            within 0 and 1, or there are not as many as label values and names.
+            within 0 and 1, or there are not as many as label values and names, which are texts.
     """
     image, scores, ids = sample.image, sample.seed.scores, sample.seed.class_ids
     name, size = sample.image_id, tuple(sample.image.shape[1:])
@@ -127,6 +127,10 @@ def check_sample(sample: Sample) -> None:
             f"{name}: {len(scores)} maps in seed.scores, {len(ids)} seed.class_ids and "
             f"{len(sample.class_names)} class_names; give one of each for every class"
         )
+        raise BadItemError(message)
+    if others := [each for each in sample.class_names if not isinstance(each, str)]:
+        kind = type(others[0]).__name__
+        message = f"{name}: class name {others[0]!r} is of type {kind}; give a text for the prompt"
         raise BadItemError(message)
     low, high = (float(end) for end in scores.aminmax()) if scores.numel() else (0.0, 1.0)
     # Not-a-number compares false, so it is caught here too.

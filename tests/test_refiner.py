@@ -245,6 +245,18 @@ def test_without_masks_it_says_so(refiner: G4SegRefiner) -> None:
         refiner.refine(PIXELS, {})
 
 
+def test_a_class_name_is_a_text(refiner: G4SegRefiner) -> None:
+    with pytest.raises(BadItemError, match="class name 3 is of type int; give a text"):
+        refiner.refine(PIXELS, {3: MASK})  # type: ignore[dict-item]
+
+
+def test_the_name_of_a_recipe_is_no_list_of_steps(refiner: G4SegRefiner) -> None:
+    with pytest.raises(ConfigurationError, match=r"steps is the text 'paper'.*recipe='paper'"):
+        G4SegRefiner.from_pretrained("nowhere", steps="paper")
+    with pytest.raises(ConfigurationError, match="steps is the text 'paper'"):
+        refiner.with_steps("paper")
+
+
 def test_a_model_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="is no folder"):
         G4SegRefiner.from_pretrained("/no/such/model")
