@@ -28,6 +28,7 @@ class CheckReport:
         complaints: what is missing or unreadable, by image id.
         histogram: images per class name; empty where neither labels nor a full check tell.
         dialect: of the seeds: the one that is forced, or that of the first file that has one.
+        refused: why no mask could be written, whatever the items hold; empty if one could.
     """
 
     images: int
@@ -35,12 +36,14 @@ class CheckReport:
     complaints: dict[str, tuple[str, ...]]
     histogram: dict[str, int]
     dialect: str | None = None
+    refused: str = ""
 
     def lines(self, seconds_per_image: float | None = None) -> list[str]:
         """The report as text, with the time a run will take where a speed is given."""
         counts = f"{self.images} images, {self.with_truth} with ground truth"
         text = [f"{counts}, {len(self.complaints)} unusable"]
         text += [f"seeds are read as {self.dialect}"] if self.dialect else []
+        text += [self.refused] if self.refused else []
         for complaint in [line for lines in self.complaints.values() for line in lines][:SHOWN]:
             text.append(f"  {complaint}")
         if len(self.complaints) > SHOWN:
@@ -74,7 +77,19 @@ def inspect(data: "SeedDataModule", *, truth: bool = False, full: bool = False) 
     names = data.class_list.names
     histogram = {names[class_id - 1]: counts[class_id] for class_id in sorted(counts)}
     truths = sum(item.truth is not None and item.truth.is_file() for item in data.items)
-    return CheckReport(len(data.items), truths, complaints, histogram, data.seed_dialect())
+    counted = (len(data.items), truths, complaints, histogram, data.seed_dialect())
+    return CheckReport(*counted, refused=_refused(len(names)))
+
+
+def _refused(classes: int) -> str:
+    """What a run says to so many classes."""
+    from g4seg_pl.types import ConfigurationError, check_class_count
+
+    try:
+        check_class_count("data.class_names", classes)
+    except ConfigurationError as error:
+        return str(error)
+    return ""
 
 
 def _inspect(
@@ -158,8 +173,8 @@ def check(
         seconds_per_image: speed of the run to come, to say how long it will take.
 
     Returns:
-        Exit code: 0 if every item can be used, 1 otherwise.
+        Exit code: 0 if every item can be used and masks can be written, 1 otherwise.
     """
     report = inspect(data, truth=truth, full=full)
     print("\n".join(report.lines(seconds_per_image)))
-    return 1 if report.complaints or not report.images else 0
+    return 1 if report.complaints or report.refused or not report.images else 0

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.base import SeedDataModule
 from datamodules.classes import ClassList, read_class_list, require_same_classes
+from datamodules.folder import FolderDataModule
 from datamodules.items import Item, check_unique, take_shard
 from datamodules.sampling import ProcessSampler, own_part
 from datamodules.training_items import (
@@ -251,7 +252,8 @@ class PseudoLabelDataModule(LightningDataModule):
 
     def _evaluated(self, purpose: str) -> SeedDataModule:
         """The data set of validation or test."""
-        named = self.val if purpose == "val" or self.test is None else self.test
+        argument = "val" if purpose == "val" or self.test is None else "test"
+        named = self.val if argument == "val" else self.test
         if named is None:
             message = f"data.{purpose}: no data to look at; give the name of a split"
             raise ConfigurationError(message)
@@ -259,6 +261,12 @@ class PseudoLabelDataModule(LightningDataModule):
             return named
         if not hasattr(self.images, "split"):
             message = f"data.{purpose}: {type(self.images).__name__} has no splits; give a data set"
+            raise ConfigurationError(message)
+        if isinstance(self.images, FolderDataModule) and not Path(named).expanduser().is_file():
+            message = (
+                f"data.{argument}: {named!r} is no list file, which FolderDataModule's splits are; "
+                f"give one, a data set of its own, or {argument}=None (null) for none"
+            )
             raise ConfigurationError(message)
         other = copy.copy(self.images)
         other.split = named

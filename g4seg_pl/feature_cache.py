@@ -4,10 +4,12 @@ A file is named by a hash of the image as the networks see it and of the network
 neither a changed image nor another model, size or number format finds it.
 """
 
-import hashlib
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryFile
 from uuid import uuid4
@@ -26,7 +28,9 @@ from g4seg_pl.types import ConfigurationError
 # To be raised when a change of code changes what networks make of an image.
 _FORMAT = 1
 _PROBE = bytes(2**16)  # more than a full disk may still have in a block begun
-_PLAIN = (str, int, float, type(None))
+_PLAIN = (str, int, float, type(None), Enum, Path, np.generic, np.dtype, torch.dtype)
+# What every module has, and diffusers' configuration, in which the model's folder is named.
+_NO_SETTINGS = {*vars(nn.Module()), "_internal_dict"} - {"training"}
 _DECODING = ("decoder", "post_quant_conv")
 # What numpy and zipfile raise about a file that is cut short, flipped, or of another kind.
 _UNREADABLE = (
@@ -87,7 +91,7 @@ class FeatureCache:
         return torch.stack([rows[index] for index in range(len(keys))]).to(images.device)
 
     def _key(self, name: str, image: Tensor) -> str:
-        digest = hashlib.sha256(f"{_FORMAT} {self.identity} {name} {tuple(image.shape)} ".encode())
+        digest = sha256(f"{_FORMAT} {self.identity} {name} {tuple(image.shape)} ".encode())
         digest.update(_bytes(image))
         return digest.hexdigest()
 
@@ -169,7 +173,7 @@ def identity_of(vae: AutoencoderKL, features: DenseFeatures) -> str:
         features: the extractor, loaded.
     """
     scale = (vae.config.scaling_factor, vae.config.shift_factor)
-    digest = hashlib.sha256(f"{scale} ".encode())
+    digest = sha256(f"{scale} ".encode())
     for network, left_out in ((vae, _DECODING), (features, ())):
         for part in _described(network, left_out):
             digest.update(part)
@@ -180,20 +184,30 @@ def _described(network: nn.Module, left_out: tuple[str, ...]) -> Iterator[bytes]
     for name, part in network.named_modules():
         if not name.startswith(left_out):
             # Settings beside the weights: normalisation, activations, heads, a chosen layer.
-            plain = {key: each for key, each in sorted(vars(part).items()) if _is_plain(key, each)}
-            yield f"{name} {class_path(part)} {plain} ".encode()
+            settings = {key: each for key, each in vars(part).items() if key not in _NO_SETTINGS}
+            yield f"{name} {class_path(part)} {_text(settings)} ".encode()
     for name, weight in network.state_dict().items():
         if not name.startswith(left_out):
             yield f"{name} {weight.dtype} {tuple(weight.shape)} ".encode()
             yield _bytes(weight)
 
 
-def _is_plain(name: str, value: object) -> bool:
-    if name.startswith("_"):
-        return False
-    if isinstance(value, list | tuple):
-        return all(isinstance(each, _PLAIN) for each in value)
-    return isinstance(value, _PLAIN)
+def _text(value: object) -> str:
+    """A setting in words that are the same in every process; of other objects, their class."""
+    match value:
+        case dict():
+            return f"{{{', '.join(sorted(f'{key}: {_text(it)}' for key, it in value.items()))}}}"
+        case list() | tuple():
+            return f"({', '.join(map(_text, value))})"
+        case set() | frozenset():
+            return f"({', '.join(sorted(map(_text, value)))})"
+        case torch.Tensor():
+            return f"{value.dtype} {tuple(value.shape)} {sha256(_bytes(value)).hexdigest()}"
+        case np.ndarray():
+            return f"{value.dtype} {value.shape} {sha256(value.tobytes()).hexdigest()}"
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return _text({each.name: getattr(value, each.name) for each in fields(value)})
+    return repr(value) if isinstance(value, _PLAIN) else class_path(value)
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -33,6 +33,7 @@ from g4seg_pl.types import (
     G4SegError,
     RefinedMask,
     Sample,
+    check_class_count,
     check_counts,
     check_working_size,
 )
@@ -53,7 +54,8 @@ class G4SegModule(pl.LightningModule):
     Args:
         model: a diffusers folder or hub id of Stable Diffusion 1.x or 2.x, an LCM or SDXL.
         update: the update steps in order; the paper's one if None. Steps whose ``threshold``, or
-            ``binarise_at`` of the injection, has its default take that of ``background``.
+            ``binarise_at`` of the injection, has its default take that of ``background``; those of
+            your own where the field says so, see ``core.threshold.told_threshold``.
         features: F of Eq. 8, an extractor of dense features; the model's own autoencoder
             if None.
         background: how the background is scored when label maps are made.
@@ -148,6 +150,9 @@ class G4SegModule(pl.LightningModule):
             raise ConfigurationError(msg)
         check_counts(1, masks_per_pass=self.masks_per_pass)
         check_working_size(self.working_size)
+        classes = getattr(getattr(self._trainer, "datamodule", None), "class_list", None)
+        if classes is not None:
+            check_class_count("data.class_names", len(classes))
         self._require_full_precision()
         self._require_streaming()
         if self._has_work():
@@ -158,7 +163,6 @@ class G4SegModule(pl.LightningModule):
                 check_folder(self.cache_features)
             if self.controlnet is not None:
                 require_injection(self.update)
-                classes = getattr(getattr(self._trainer, "datamodule", None), "class_list", None)
                 names = () if classes is None else classes.prompts
                 self.controlnet.check(self.model, self.revision, names)
 

@@ -1,7 +1,7 @@
 """Pictures and masks as users hold them (PIL, NumPy, torch), to tensors and back."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ def picture_to_tensor(picture: PictureLike) -> Tensor:
     if isinstance(picture, np.ndarray):
         channels_last = picture[..., None].repeat(3, -1) if picture.ndim == 2 else picture
         expected, last = "(H, W, 3) or (H, W)", channels_last.shape[-1:]
-        tensor = torch.from_numpy(np.ascontiguousarray(channels_last))
+        tensor = _tensor_of(channels_last, "image")
         tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
     elif isinstance(picture, Tensor):
         expected, last, tensor = "(3, H, W)", tuple(picture.shape[:1]), picture.detach().cpu()
@@ -68,7 +68,7 @@ def mask_to_tensor(mask: PictureLike, name: str, size: tuple[int, int]) -> Tenso
             raise BadItemError(message)
         tensor = torch.from_numpy(np.array(mask))
     elif isinstance(mask, np.ndarray):
-        tensor = torch.from_numpy(np.ascontiguousarray(mask))
+        tensor = _tensor_of(mask, f"mask of {name!r}")
     elif isinstance(mask, Tensor):
         tensor = mask.detach().cpu()
     else:
@@ -95,6 +95,15 @@ def tensor_like(result: Tensor, given: MaskLike) -> MaskLike:
     if isinstance(given, np.ndarray):
         return result.numpy().astype(given.dtype if given.dtype.kind == "f" else np.float32)
     return result.to(given.device, given.dtype if given.is_floating_point() else torch.float32)
+
+
+def _tensor_of(array: "np.ndarray[Any, Any]", what: str) -> Tensor:
+    """A tensor of an array of either byte order, writable or not (Pillow's are not)."""
+    if array.dtype.kind not in "biuf":
+        message = f"{what} has values of type {array.dtype}; give floats in [0, 1], or uint8"
+        raise BadItemError(message)
+    native = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
 
 
 def _refuse_labels(tensor: Tensor, name: str) -> None:

@@ -1,12 +1,29 @@
 """Named sequences of update steps: the paper's method, and the best one found past it."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from g4seg_pl.core.controls import ColourAffinity, EdgeFilter
 from g4seg_pl.core.grounding import Grounding
 from g4seg_pl.core.steps import Correspondence, UpdateStep
+from g4seg_pl.types import ConfigurationError
 
 Recipe = Literal["best", "paper"]
+
+
+def as_steps(steps: Sequence[UpdateStep]) -> tuple[UpdateStep, ...]:
+    """Return update steps as a tuple.
+
+    Raises:
+        ConfigurationError: they are a text, of which each letter would be a step.
+    """
+    if isinstance(steps, str):
+        message = (
+            f"steps is the text {steps!r}; give a list of update steps, or of a recipe "
+            f"g4seg_pl.recipes.steps_of({steps!r}), G4SegRefiner.from_pretrained(recipe={steps!r})"
+        )
+        raise ConfigurationError(message)
+    return tuple(steps)
 
 
 def steps_of(recipe: Recipe) -> tuple[UpdateStep, ...]:

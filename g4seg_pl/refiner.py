@@ -23,8 +23,8 @@ from g4seg_pl.feature_cache import check_folder, open_cache
 from g4seg_pl.features.base import DenseFeatures
 from g4seg_pl.features.vae import VAEFeatures
 from g4seg_pl.pictures import PictureLike, mask_to_tensor, picture_to_tensor, tensor_like
-from g4seg_pl.recipes import Recipe, steps_of
-from g4seg_pl.types import BadItemError, Sample, Seed, check_working_size
+from g4seg_pl.recipes import Recipe, as_steps, steps_of
+from g4seg_pl.types import BadItemError, Sample, Seed, check_sample, check_working_size
 
 MaskLike = TypeVar("MaskLike", Image.Image, np.ndarray, Tensor)
 
@@ -87,8 +87,9 @@ class G4SegRefiner:
             features: a loaded feature extractor on the same device.
             steps: the updates, in order; None for the recipe ``best``.
             threshold: the score from which a pixel of these masks counts as foreground, between 0
-                and 1. Steps that cut masks work with it unless they have a value of their own;
-                None leaves them at 0.5.
+                and 1. Steps that cut masks work with it unless they have a value of their own
+                (those of your own as ``core.threshold.told_threshold`` says); None leaves them
+                at 0.5.
             seed: the run's seed.
             prompt_template: the prompt, with one ``{}`` for the class.
             masks_per_pass: how many masks at most enter a network at once.
@@ -96,13 +97,13 @@ class G4SegRefiner:
             cache: such as ``feature_cache.FeatureCache``.
 
         Raises:
-            ValueError: the threshold is not strictly between 0 and 1, or the working size no
-                multiple of 8.
+            ValueError: the threshold is not strictly between 0 and 1, the working size no
+                multiple of 8, or the steps are a text.
         """
         self.generator = generator
         self.features = features
         self.threshold = threshold
-        self.steps = steps_of("best") if steps is None else tuple(steps)
+        self.steps = steps_of("best") if steps is None else as_steps(steps)
         if threshold is not None:
             check_threshold(threshold)
             self.steps = told_threshold(self.steps, threshold)
@@ -162,13 +163,14 @@ class G4SegRefiner:
                 the same ones again need not encode them.
 
         Raises:
-            ConfigurationError: a model cannot be loaded; the message names the remedy.
+            ConfigurationError: a model cannot be loaded, or the steps are a text; the message
+                names the remedy.
         """
+        chosen = steps_of(recipe) if steps is None else as_steps(steps)
         if cache_features is not None:
             check_folder(cache_features)
         place = place_of(device)
         number_format = resolve_dtype(dtype, place)
-        chosen = tuple(steps_of(recipe) if steps is None else steps)
         if controlnet is not None:
             require_injection(chosen)
         plain = load_generator(
@@ -260,6 +262,9 @@ class G4SegRefiner:
 
         Returns:
             Float32 ``(K, H, W)`` in [0, 1] on the CPU, one tensor a sample.
+
+        Raises:
+            BadItemError: a sample is not as `Sample` says; the message names image and field.
         """
         return [found.foreground for found in self.refine_with_findings(samples, callback)]
 
@@ -276,7 +281,12 @@ class G4SegRefiner:
 
         Returns:
             One a sample; a sample without masks has no findings.
+
+        Raises:
+            BadItemError: a sample is not as `Sample` says; the message names image and field.
         """
+        for sample in samples:
+            check_sample(sample)
         results = [Refinement(sample.seed.scores.float().cpu()) for sample in samples]
         seeds = [result.foreground.to(self._resizes_on) for result in results]
         occupied = [index for index, seed in enumerate(seeds) if len(seed)]

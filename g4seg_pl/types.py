@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = 255
+RANGE_TOLERANCE = 1e-3
+"""Scores may leave [0, 1] by this much (float16 and interpolation)."""
 
 
 class G4SegError(Exception):
@@ -47,6 +50,24 @@ def check_working_size(size: int | None) -> None:
         raise ConfigurationError(message)
 
 
+def check_class_count(argument: str, count: int) -> None:
+    """Refuse more classes than label images of 8 bits can hold beside the ignored value.
+
+    Args:
+        argument: what named the classes, for errors.
+        count: how many, the background aside.
+
+    Raises:
+        ConfigurationError: label values would begin again at 0 behind 255.
+    """
+    if count >= IGNORE_INDEX:
+        message = (
+            f"{argument}: {count} classes, but masks are label images of 8 bits, which hold "
+            f"{IGNORE_INDEX - 1} ({IGNORE_INDEX} is ignored); give one of fewer classes"
+        )
+        raise ConfigurationError(message)
+
+
 @dataclass(frozen=True)
 class Seed:
     """A coarse mask per class of one image.
@@ -79,6 +100,43 @@ class Sample:
     class_names: tuple[str, ...]
     truth: Tensor | None = None
     image_path: Path | None = None
+
+
+def check_sample(sample: Sample) -> None:
+    """Refuse an image or masks that would be taken for something else; nothing is copied.
+
+    Raises:
+        BadItemError: the image is not uint8 ``(3, H, W)``, the maps are not of its size or not
+            within 0 and 1, or there are not as many as label values and names, which are texts.
+    """
+    image, scores, ids = sample.image, sample.seed.scores, sample.seed.class_ids
+    name, size = sample.image_id, tuple(sample.image.shape[1:])
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+        message = (
+            f"{name}: image is {image.dtype} of shape {tuple(image.shape)}; give uint8 of 0 to "
+            "255 and shape (3, H, W)"
+        )
+        raise BadItemError(message)
+    if scores.ndim != 3 or tuple(scores.shape[1:]) != size:
+        message = (
+            f"{name}: seed.scores has shape {tuple(scores.shape)}; give (K, *{size}), as image"
+        )
+        raise BadItemError(message)
+    if not len(scores) == len(ids) == len(sample.class_names):
+        message = (
+            f"{name}: {len(scores)} maps in seed.scores, {len(ids)} seed.class_ids and "
+            f"{len(sample.class_names)} class_names; give one of each for every class"
+        )
+        raise BadItemError(message)
+    if others := [each for each in sample.class_names if not isinstance(each, str)]:
+        kind = type(others[0]).__name__
+        message = f"{name}: class name {others[0]!r} is of type {kind}; give a text for the prompt"
+        raise BadItemError(message)
+    low, high = (float(end) for end in scores.aminmax()) if scores.numel() else (0.0, 1.0)
+    # Not-a-number compares false, so it is caught here too.
+    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
+        message = f"{name}: seed.scores go from {low:.3g} to {high:.3g}; rescale them to 0 to 1"
+        raise BadItemError(message)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """Latents and features on disk: served to whom they belong, whole, and to nobody else."""
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 from cache_process import Counting, fetch_many, images_of
 from command_line import masks, words
+from diffusers import AutoencoderKL
 from fake_voc import write_voc
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -214,6 +218,52 @@ def test_identity_of_a_clip_is_of_its_settings_too(
         features.load()
         found.add(identity_of(vae, features))
     assert len(found) == 3
+
+
+class OwnFeatures(VAEFeatures):
+    """Somebody's own, which keeps a setting as it likes."""
+
+    def __init__(self, setting: object) -> None:
+        super().__init__()
+        self._setting = setting
+
+
+@dataclass(frozen=True)
+class Window:
+    side: int
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (2, 4),
+        ({"cell": 2}, {"cell": 4}),
+        (((1, 2), 3), ((1, 4), 3)),
+        (torch.float16, torch.bfloat16),
+        (torch.tensor([0.5, 0.4]), torch.tensor([0.5, 0.3])),
+        ({"b", "a"}, {"b", "c"}),
+        (Window(2), Window(4)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_another_setting_of_an_own_extractor_is_another_identity(
+    sd1_folder: Path, one: object, other: object
+) -> None:
+    vae = AutoencoderKL.from_pretrained(sd1_folder, subfolder="vae")
+    found = {identity_of(vae, OwnFeatures(setting)) for setting in (one, copy.copy(one), other)}
+    assert len(found) == 2
+
+
+def test_the_same_model_in_another_folder_has_the_same_identity(
+    sd1_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(sd1_folder / "vae", tmp_path / "copied")
+    found = set()
+    for folder in (sd1_folder / "vae", tmp_path / "copied"):
+        vae, features = AutoencoderKL.from_pretrained(folder), VAEFeatures()
+        features.load(vae)
+        found.add(identity_of(vae, features))
+    assert len(found) == 1
 
 
 def test_another_extractor_within_a_step_is_not_served_from_it(

@@ -1,7 +1,7 @@
 """The module in a Trainer: mixed batches, gradients, scores, checkpoints."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -23,6 +23,9 @@ from g4seg_pl.callbacks.writer import MaskWriter
 from g4seg_pl.core.affinity import Affinity
 from g4seg_pl.core.background import PowerBackground, Threshold
 from g4seg_pl.core.confidence import Averaged
+from g4seg_pl.core.controls import FlatInjection
+from g4seg_pl.core.gradient import Gradient
+from g4seg_pl.core.grounding import Grounding
 from g4seg_pl.core.likelihood import ChooseByLikelihood
 from g4seg_pl.core.null_text import NullTextCorrespondence
 from g4seg_pl.core.steps import Blur, Correspondence
@@ -155,6 +158,46 @@ def test_every_step_may_be_told_whatever_it_was_told_before() -> None:
     outer, soft = told_threshold(steps, 0.15, always=True)
     assert outer.steps[0].steps[0].threshold == 0.15
     assert soft.binarise_at is None
+
+
+@dataclass(frozen=True)
+class Posterise:
+    """Somebody's own step, whose fields mean what they mean to its author."""
+
+    steps: int = 3
+    level: float = 0.5
+    threshold: float = 0.5
+    cut: float = field(default=0.5, metadata={"told_threshold": True})
+
+
+@dataclass(frozen=True)
+class OwnCorrespondence(Correspondence):
+    """One of ours, with a field beside."""
+
+    level: float = 0.5
+
+
+def test_only_steps_that_ask_for_it_are_told() -> None:
+    assert told_threshold(Posterise(), 0.15) == Posterise(cut=0.15)
+    assert told_threshold(Posterise(cut=0.3), 0.15) == Posterise(cut=0.3)
+    assert told_threshold(OwnCorrespondence(), 0.15) == OwnCorrespondence(binarise_at=0.15)
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        (Affinity(), "threshold"),
+        (Gradient(), "threshold"),
+        (Grounding(), "threshold"),
+        (FlatInjection([]), "level"),
+        (Correspondence(), "binarise_at"),
+        (NullTextCorrespondence(), "binarise_at"),
+        (ChooseByLikelihood([[Blur()]]), "binarise_at"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_step_of_ours_is_told(step: Any, name: str) -> None:
+    assert told_threshold(step, 0.15) == replace(step, **{name: 0.15})
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.bfloat16), ("cpu", torch.float32)])

@@ -56,6 +56,18 @@ def test_the_written_configuration_does_not_override(tree: Path, sd1_folder: Pat
     assert {path: path.stat().st_mtime_ns for path in (tree / "out" / "masks").iterdir()} == times
 
 
+def test_a_writer_without_threads_is_refused_before_masks_are_removed(
+    tree: Path, sd1_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words("predict", sd1_folder, "out")) == 0
+    before = masks(tree / "out")
+    options = ["--writer.threads", "0", "--override"]
+    capsys.readouterr()
+    assert main(words("predict", sd1_folder, "out", *options)) == 1
+    assert "threads is 0: give 1 or more" in capsys.readouterr().err
+    assert masks(tree / "out") == before
+
+
 def test_another_class_list_is_another_configuration(
     tree: Path, sd1_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Pictures and masks of every kind, and those that are refused."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,37 @@ SIZE = (4, 6)
 )
 def test_colour_pictures_of_any_kind_are_the_same(picture: object) -> None:
     assert torch.equal(picture_to_tensor(picture), EXPECTED)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_either_byte_order_is_read(order: str) -> None:
+    assert torch.equal(picture_to_tensor((PIXELS / 255).astype(f"{order}f4")), EXPECTED)
+    given = (PIXELS[..., 0] / 255).astype(f"{order}f4")
+    mask = mask_to_tensor(given, "dog", SIZE)
+    torch.testing.assert_close(mask, EXPECTED[0] / 255)
+    assert np.array_equal(tensor_like(mask, given), given)
+    whole = np.eye(*SIZE, dtype=f"{order}i4")
+    assert torch.equal(mask_to_tensor(whole, "dog", SIZE), torch.eye(*SIZE))
+
+
+def test_pillows_own_arrays_are_read_without_a_warning() -> None:
+    # PyTorch warns once a process, about the first array that cannot be written to.
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.set_warn_always(True)
+        assert torch.equal(picture_to_tensor(np.asarray(Image.fromarray(PIXELS))), EXPECTED)
+        mask = np.asarray(Image.fromarray(PIXELS[..., 0]))
+        assert torch.equal(mask_to_tensor(mask, "dog", SIZE), EXPECTED[0] / 255)
+        torch.set_warn_always(False)
+    assert not told
+
+
+@pytest.mark.parametrize("values", [np.full(SIZE, "a"), np.full(SIZE, 1j), np.full(SIZE, None)])
+def test_arrays_of_no_numbers_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(BadItemError, match=r"mask of 'dog' has values of type"):
+        mask_to_tensor(values, "dog", SIZE)
+    with pytest.raises(BadItemError, match="image has values of type"):
+        picture_to_tensor(values)
 
 
 @pytest.mark.parametrize("picture", [Image.fromarray(PIXELS[..., 0]), PIXELS[..., 0]])

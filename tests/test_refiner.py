@@ -1,5 +1,7 @@
 """The two-line object, end to end on tiny models."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,39 @@ def test_the_result_does_not_depend_on_the_batch(refiner: G4SegRefiner) -> None:
         assert masks.dtype == torch.float32
 
 
+def with_scores(sample: Sample, scores: torch.Tensor) -> Sample:
+    return replace(sample, seed=replace(sample.seed, scores=scores))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda it: replace(it, image=it.image / 255), "a: image is torch.float32.* give uint8"),
+        (lambda it: replace(it, image=it.image.permute(1, 2, 0)), "image .* shape .50, 70, 3."),
+        (lambda it: with_scores(it, it.seed.scores.mT), "seed.scores has shape .2, 70, 50."),
+        (lambda it: with_scores(it, it.seed.scores[0]), "seed.scores has shape .50, 70."),
+        (lambda it: with_scores(it, it.seed.scores.mul(255).byte()), "go from 0 to 25"),
+        (lambda it: with_scores(it, it.seed.scores - 0.1), "go from -0.0.* rescale"),
+        (lambda it: with_scores(it, it.seed.scores.log().log()), "go from nan"),
+        (lambda it: with_scores(it, it.seed.scores[:1]), "1 maps .* 2 seed.class_ids and 2"),
+        (lambda it: replace(it, class_names=("dog",)), "and 1 class_names"),
+    ],
+)
+def test_samples_that_would_be_misread_are_refused(
+    change: Callable[[Sample], Sample], said: str, refiner: G4SegRefiner
+) -> None:
+    with pytest.raises(BadItemError, match=said):
+        refiner.refine_samples([change(sample_of("a", 50, 70, ("dog", "cat")))])
+
+
+def test_scores_beyond_their_range_by_rounding_are_taken(sd1_folder: Path) -> None:
+    refiner = G4SegRefiner.from_pretrained(str(sd1_folder), steps=[Blur()], device="cpu")
+    sample = sample_of("a", 50, 70, ("dog",))
+    rounded = with_scores(sample, sample.seed.scores * 1.0008 - 0.0004)
+    assert refiner.refine_samples([rounded])[0].isfinite().all()
+    assert len(refiner.refine_samples([sample_of("b", 50, 70, ())])[0]) == 0
+
+
 def test_beta_one_returns_the_very_mask(sd1_folder: Path) -> None:
     steps = [Correspondence(beta=1.0), Correspondence(beta=1.0, all_classes_at_once=True)]
     refiner = G4SegRefiner.from_pretrained(str(sd1_folder), steps=steps)
@@ -208,6 +243,18 @@ def test_works_in_inference_mode(refiner: G4SegRefiner, device: str, refined: np
 def test_without_masks_it_says_so(refiner: G4SegRefiner) -> None:
     with pytest.raises(BadItemError, match="masks is empty"):
         refiner.refine(PIXELS, {})
+
+
+def test_a_class_name_is_a_text(refiner: G4SegRefiner) -> None:
+    with pytest.raises(BadItemError, match="class name 3 is of type int; give a text"):
+        refiner.refine(PIXELS, {3: MASK})  # type: ignore[dict-item]
+
+
+def test_the_name_of_a_recipe_is_no_list_of_steps(refiner: G4SegRefiner) -> None:
+    with pytest.raises(ConfigurationError, match=r"steps is the text 'paper'.*recipe='paper'"):
+        G4SegRefiner.from_pretrained("nowhere", steps="paper")
+    with pytest.raises(ConfigurationError, match="steps is the text 'paper'"):
+        refiner.with_steps("paper")
 
 
 def test_a_model_that_is_not_there_is_refused() -> None:

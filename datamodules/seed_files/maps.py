@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
 from datamodules.files import File
-from g4seg_pl.types import BadItemError
+from g4seg_pl.types import RANGE_TOLERANCE, BadItemError
 
 Dialect = Literal[
     "clip_es", "irn", "seam", "seam_crf", "weaktr", "mat", "png", "npz", "npy", "coco"
@@ -18,9 +18,6 @@ Channels = Literal["auto", "all", "background+all", "present", "background+prese
 Activation = Literal["none", "softmax", "sigmoid", "byte"]
 CategoryIds = Literal["contiguous", "coco91"]
 Empty = Literal["refuse", "keep"]
-
-RANGE_TOLERANCE = 1e-3
-"""Scores may leave [0, 1] by this much (float16 and interpolation) and are then clipped."""
 
 _KEEP = "set seed_options.empty to keep if nothing was found there"
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from datamodules.errors import bad_item
 from datamodules.files import File
-from datamodules.seed_files.maps import RANGE_TOLERANCE, SeedMaps, as_array, as_ids, as_maps
+from datamodules.seed_files.maps import SeedMaps, as_array, as_ids, as_maps
+from g4seg_pl.types import RANGE_TOLERANCE
 
 MAPS_REACH = 0.99
 """Activation maps are divided by their maximum per class, so each one reaches 1."""

@@ -13,6 +13,7 @@ from g4seg_pl.callbacks.output_folder import OutputFolder, SoftFormat
 from g4seg_pl.callbacks.run_record import (
     Json,
     describe,
+    describe_beside,
     differing_keys,
     environment,
     read_run_record,
@@ -197,9 +198,9 @@ def _write_run_record(
     else:
         record = {
             "config": config,
-            "model": describe(getattr(module, "model", None)),
+            "model": describe_beside(getattr(module, "model", None)),
             "seed": getattr(module, "seed", None),
-            "split": describe(getattr(datamodule, "split", None)),
+            "split": describe_beside(getattr(datamodule, "split", None)),
             "background_rule": background_rule(module),
             "seed_dialect": _seed_dialect(datamodule),
             "class_names": _class_names(datamodule),
@@ -234,7 +235,10 @@ def background_rule(module: Any) -> str:
     """The background rule in a few words, as it is printed beside scores."""
     if told := getattr(module, "label_rule", None):
         return str(told)
-    rule = describe(getattr(module, "background", None))
+    background = getattr(module, "background", None)
+    rule = describe_beside(background)
+    if callable(background) and isinstance(rule, str):  # a function
+        return rule.rpartition(".")[2]
     if not isinstance(rule, dict):
         return "not recorded"
     settings = ", ".join(f"{name}={value}" for name, value in rule["init_args"].items())

@@ -1,19 +1,25 @@
 """run.json: what made a folder of masks, and whether a run may be continued in it."""
 
-import inspect
+import hashlib
 import json
+import math
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
+import torch
+from torch import nn
+
+from g4seg_pl.callbacks.arguments import bound_to, init_arguments, own_text, path_of
 from g4seg_pl.types import ConfigurationError
 
 Json = Any
@@ -47,56 +53,96 @@ NOT_COMPARED = frozenset(
     }
 )
 
+_CODE = (type, FunctionType, MethodType, BuiltinFunctionType)
+
 
 def describe(value: object) -> Json:
     """What an argument or a configured object is, in terms JSON can hold.
 
     Objects are described as jsonargparse would write them: the class path and the arguments of
-    ``__init__``, read from the attributes of the same names.
+    ``__init__``, see ``init_arguments``; those written in C and the like, by what they print.
 
     Args:
         value: anything that a configuration may hold.
+
+    Raises:
+        ConfigurationError: an object does not keep what it was made with.
     """
     match value:
         case Enum():
             return value.name
+        case np.generic():
+            return describe(value.item()) if value.dtype.char not in "gG" else str(value)
         case None | bool() | int() | float() | str():
             return value
-        case Path():
+        case Path() | torch.device() | torch.dtype():
             return str(value)
         case Mapping():
             return {str(key): describe(item) for key, item in value.items()}
         case set() | frozenset():
-            return sorted(describe(item) for item in value)
+            return sorted((describe(item) for item in value), key=json.dumps)
         case Sequence():
             return [describe(item) for item in value]
-    arguments = {name: describe(item) for name, item in init_arguments(value).items()}
-    return {"class_path": class_path(value), "init_args": arguments}
+        case torch.Tensor() | np.ndarray():
+            return _describe_array(value)
+    return _describe_code(value) if isinstance(value, _CODE) else _describe_object(value)
 
 
-def init_arguments(value: object) -> dict[str, object]:
-    """The arguments an object was made with, as far as it kept them under their own names.
+def _describe_object(value: object) -> Json:
+    """Class path and arguments; what the object prints in place of arguments it does not have."""
+    text = own_text(value)
+    try:
+        arguments = init_arguments(value, NOT_COMPARED)
+    except ConfigurationError:
+        if text is None:
+            raise
+        arguments = {}
+    if not arguments and text is not None:
+        arguments = {"text": text}
+    described = {name: describe(item) for name, item in arguments.items()}
+    return {"class_path": class_path(value), "init_args": described}
 
-    An object that cannot keep them so may have a method ``configuration`` that returns them; a
-    Lightning module's saved hyperparameters count too.
+
+def _describe_code(value: Any) -> Json:
+    """A class or function: where it is imported from, and what it was bound to."""
+    path = path_of(value)
+    bound = {} if isinstance(value, type) else bound_to(value)
+    if not bound:
+        return path
+    # What a decorator closes over may be anything; an object whose method it is must be known.
+    described = {n: (describe if n == "self" else describe_beside)(it) for n, it in bound.items()}
+    return {"class_path": path, "init_args": described}
+
+
+def _describe_array(value: "torch.Tensor | np.ndarray[Any, Any]") -> Json:
+    """The number that it holds, or its shape and a hash of its numbers.
+
+    Weights of networks are told by their shape: random ones differ until the others are loaded.
     """
-    if hasattr(value, "configuration"):
-        return dict(value.configuration())
-    if is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    saved = getattr(value, "hparams", {})
-    found = {}
-    for name in inspect.signature(type(value)).parameters:
-        if hasattr(value, name):
-            found[name] = getattr(value, name)
-        elif name in saved:
-            found[name] = saved[name]
-    return found
+    if isinstance(value, nn.Parameter):
+        return {"class_path": class_path(value), "init_args": {"shape": list(value.shape)}}
+    if math.prod(value.shape) == 1:
+        return describe(value.item())
+    array = value if isinstance(value, np.ndarray) else value.detach().cpu().double().numpy()
+    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    content = {"dtype": str(value.dtype), "shape": list(array.shape), "sha256": digest}
+    return {"class_path": class_path(value), "init_args": content}
+
+
+def describe_beside(value: object) -> Json:
+    """As ``describe``; of an object that does not keep what it was made with, the class path.
+
+    For what is recorded beside the configuration.
+    """
+    try:
+        return describe(value)
+    except ConfigurationError:
+        return class_path(value)
 
 
 def class_path(value: object) -> str:
     """Where the class of an object is imported from."""
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return path_of(type(value))
 
 
 def differing_keys(ours: Json, theirs: Json, prefix: str = "") -> list[str]:

@@ -38,7 +38,14 @@ from g4seg_pl.callbacks.resume import (
 from g4seg_pl.callbacks.tar_folder import TarFolder
 from g4seg_pl.callbacks.tar_writer import TarSize
 from g4seg_pl.termination import EndRequest, status_of_end, wait_for_started
-from g4seg_pl.types import BadItemError, ConfigurationError, FailedSample, G4SegError, RefinedMask
+from g4seg_pl.types import (
+    BadItemError,
+    ConfigurationError,
+    FailedSample,
+    G4SegError,
+    RefinedMask,
+    check_counts,
+)
 
 __all__ = ["MaskWriter", "background_rule", "json_text", "print_summary"]
 
@@ -66,6 +73,9 @@ class MaskWriter(BasePredictionWriter):
             :mod:`g4seg_pl.callbacks.tar_folder`: most images in a tar, such as 1000, or most
             bytes, such as 256MB. None writes files.
 
+    Raises:
+        ConfigurationError: no thread is to write.
+
     Attributes:
         summary: how the run went, on rank 0 after it ended; None before.
         skipped: the ids of images found finished when the run began, which it leaves out.
@@ -81,6 +91,7 @@ class MaskWriter(BasePredictionWriter):
         tar: int | str | None = None,
     ) -> None:
         super().__init__(write_interval="batch")
+        check_counts(1, threads=threads)
         self.out = Path(out).expanduser()
         self.soft: SoftFormat = soft
         self.override = override

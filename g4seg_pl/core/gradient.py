@@ -114,6 +114,9 @@ class Gradient:
             if getattr(self, name) <= 0:
                 message = f"{name} is {getattr(self, name)}; give a positive value"
                 raise ValueError(message)
+        if self.trust_region is not None and self.trust_region <= 0:
+            message = f"trust_region is {self.trust_region}; give a positive value, None for none"
+            raise ValueError(message)
         if not self.timesteps:
             message = "timesteps is empty; give at least one"
             raise ValueError(message)

@@ -116,6 +116,14 @@ class Correspondence:
             message = f"injection_weight is {self.injection_weight}; give 0 (off) or more"
             raise ValueError(message)
         check_rule(self.injection_rule, self.injection_weight)
+        for name, least in (("timestep", 0), ("match_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                message = f"{name} is {value}; give {least} or more"
+                raise ValueError(message)
+        if self.binarise_at is not None and not 0 <= self.binarise_at <= 1:
+            message = f"binarise_at is {self.binarise_at}; give a value from 0 to 1, None for soft"
+            raise ValueError(message)
         if self.confidence_range is not None:
             low, high = self.confidence_range
             if not 0 <= low <= high <= 1:

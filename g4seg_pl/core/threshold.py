@@ -1,6 +1,6 @@
 """A seed's own threshold, moved to one half and back."""
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import Field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _TOLD = ("threshold", "level", "binarise_at")
+_PACKAGE = __name__.partition(".")[0]
 
 
 def centre_threshold(
@@ -41,9 +42,10 @@ def told_threshold(step: Any, threshold: float, *, always: bool = False) -> Any:
     """Return an update step that knows where labels are cut, unless it was told another value.
 
     Args:
-        step: a dataclass; its fields ``threshold``, ``level`` and ``binarise_at``, and those of
-            the steps that it holds, are replaced where they have their default. Anything else is
-            returned as it is.
+        step: a dataclass; where they have their default, the fields ``threshold``, ``level`` and
+            ``binarise_at`` of this package's steps are replaced, and those of other classes with
+            ``metadata={"told_threshold": True}``; so in the steps that it holds. Anything else
+            is returned as it is.
         threshold: of the labels, between 0 and 1.
         always: replace other values too, but None, which injects masks soft.
     """
@@ -54,12 +56,26 @@ def told_threshold(step: Any, threshold: float, *, always: bool = False) -> Any:
     changes: dict[str, Any] = {}
     for field in fields(step):
         value = getattr(step, field.name)
-        told = field.name in _TOLD and value is not None
+        told = value is not None and _is_told(type(step), field)
         if told and (always or value == field.default):
             changes[field.name] = threshold
-        elif field.name in ("steps", "candidates"):
+        elif field.name in ("steps", "candidates") and isinstance(value, (list, tuple)):
             changes[field.name] = told_threshold(value, threshold, always=always)
     return replace(step, **changes) if changes else step
+
+
+def _is_told(kind: type, field: "Field[Any]") -> bool:
+    """Whether a field is where masks are cut: another's ``level`` may be anything."""
+    if field.metadata.get("told_threshold"):
+        return True
+    given = [base for base in kind.__mro__ if _own_fields(base).get(field.name) is field]
+    return field.name in _TOLD and given[-1].__module__.partition(".")[0] == _PACKAGE
+
+
+def _own_fields(kind: type) -> dict[str, "Field[Any]"]:
+    """Fields of a dataclass by name; a field that it inherits is its base's very object."""
+    found: dict[str, Field[Any]] = vars(kind).get("__dataclass_fields__", {})
+    return found
 
 
 def check_threshold(threshold: float) -> None:

@@ -14,13 +14,13 @@ from torch.nn import functional
 
 from g4seg_pl.core.background import BackgroundRule, Threshold, compose_label
 from g4seg_pl.types import (
-    IGNORE_INDEX,
     BadItemError,
     ConfigurationError,
     FailedSample,
     G4SegError,
     RefinedMask,
     Sample,
+    check_class_count,
 )
 
 # What may be wrong with one image while the others are fine.
@@ -150,24 +150,6 @@ def _remedy(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory: make the images smaller, or run on the CPU"
     return str(error)
-
-
-def check_class_count(argument: str, count: int) -> None:
-    """Refuse more classes than label images of 8 bits can hold beside the ignored value.
-
-    Args:
-        argument: what named the classes, for errors.
-        count: how many, the background aside.
-
-    Raises:
-        ConfigurationError: label values would begin again at 0 behind 255.
-    """
-    if count >= IGNORE_INDEX:
-        message = (
-            f"{argument}: {count} classes, but masks are label images of 8 bits, which hold "
-            f"{IGNORE_INDEX - 1} ({IGNORE_INDEX} is ignored); give one of fewer classes"
-        )
-        raise ConfigurationError(message)
 
 
 def require_classes(sample: Sample) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from g4seg_pl.core.resize import resize_maps
-from g4seg_pl.seeds.base import SeedMaker, check_class_count
+from g4seg_pl.seeds.base import SeedMaker
 from g4seg_pl.seeds.panoptic import panoptic_segments
 from g4seg_pl.seeds.vocabulary import predicted_masks
-from g4seg_pl.types import ConfigurationError, RefinedMask, Sample
+from g4seg_pl.types import ConfigurationError, RefinedMask, Sample, check_class_count
 from g4seg_pl.weights import load_whole
 
 MASK2FORMER_SIDE = 384

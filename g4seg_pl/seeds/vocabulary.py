@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from g4seg_pl.seeds.base import SeedMaker, check_class_count
-from g4seg_pl.types import ConfigurationError, RefinedMask
+from g4seg_pl.seeds.base import SeedMaker
+from g4seg_pl.types import ConfigurationError, RefinedMask, check_class_count
 
 
 @dataclass(frozen=True)

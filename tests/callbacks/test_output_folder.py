@@ -1,12 +1,16 @@
 """Files of a run: palette, atomic writing, soft formats, records and the run record."""
 
+import copy
+import json
+import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,6 +24,8 @@ from g4seg_pl.callbacks.records import RecordFile, read_records
 from g4seg_pl.callbacks.resume import refuse_own_inputs
 from g4seg_pl.callbacks.run_record import describe, differing_keys
 from g4seg_pl.core.steps import Correspondence
+from g4seg_pl.features.vae import VAEFeatures
+from g4seg_pl.module import G4SegModule
 from g4seg_pl.segmentation.label_folder import LabelFolder
 from g4seg_pl.types import BadItemError, ConfigurationError, G4SegError, RefinedMask
 
@@ -243,3 +249,118 @@ def test_soft_maps_are_read_back_as_seeds(tmp_path: Path) -> None:
     seed = read_seed(tmp_path / "soft" / "a.npz", (6, 5), 20)
     assert seed.class_ids == (3, 7)
     torch.testing.assert_close(seed.scores, foreground, atol=1e-3, rtol=0)
+
+
+class Scale:
+    """A step of somebody's own that keeps its argument under another name."""
+
+    def __init__(self, factor: float, num_workers: int = 0) -> None:
+        self._factor = factor
+
+    def scaled(self, foreground: torch.Tensor, _: Any) -> torch.Tensor:
+        return foreground * self._factor
+
+
+class WiderScale(Scale):
+    """What it does not name it passes on."""
+
+    def __init__(self, power: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.power = power
+
+
+def scaling(factor: float) -> Callable[..., torch.Tensor]:
+    return lambda foreground, _: foreground * factor
+
+
+def halved(foreground: torch.Tensor, _: Any) -> torch.Tensor:
+    return foreground / 2
+
+
+def doubled(foreground: torch.Tensor, _: Any) -> torch.Tensor:
+    return foreground * 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Scale(0.5), Scale(0.7)),
+        (Scale(0.5).scaled, Scale(0.7).scaled),
+        (WiderScale(1, factor=0.5), WiderScale(1, factor=0.7)),
+        (halved, doubled),
+        (scaling(0.5), scaling(0.7)),
+        (lambda soft, _: soft * 0.5, lambda soft, _: soft * 0.7),
+        (partial(pow, exp=2), partial(pow, exp=3)),
+        (np.float32(0.5), np.float32(0.7)),
+        (torch.tensor(0.5), torch.tensor(0.7)),
+        (torch.tensor([0.5, 1]), torch.tensor([0.7, 1])),
+        (np.array([0.5, 1]), np.array([0.7, 1])),
+        (torch.float16, torch.bfloat16),
+        (torch.device("cpu"), torch.device("meta")),
+        (re.compile("a"), re.compile("b")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_distinguishes_two_values_is_described(one: object, other: object) -> None:
+    described = describe(one)
+    assert described == describe(copy.copy(one)) == json.loads(json.dumps(described))
+    assert described != describe(other)
+
+
+def test_numbers_are_described_as_numbers() -> None:
+    described = describe([np.float32(0.5), np.int64(3), torch.tensor([2.0]), np.array(True)])
+    assert described == [0.5, 3, 2.0, True]
+    assert describe(halved) == f"{__name__}.halved"
+
+
+def test_random_weights_are_not_the_description_of_a_network() -> None:
+    assert describe(torch.nn.Conv2d(3, 4, 1)) == describe(torch.nn.Conv2d(3, 4, 1))
+
+
+def test_an_argument_that_cannot_be_read_back_is_refused_by_name() -> None:
+    class Forgetful:
+        def __init__(self, factor: float, num_workers: int = 0) -> None:
+            self.by = factor
+
+    class Greedy:
+        def __init__(self, **options: float) -> None:
+            self.by = options["factor"]
+
+    class Told(Forgetful):
+        def configuration(self) -> dict[str, float]:
+            return {"factor": self.by}
+
+    with pytest.raises(ConfigurationError, match=r"Forgetful: its argument factor .* attribute"):
+        describe([Forgetful(0.5)])
+    with pytest.raises(ConfigurationError, match="Greedy: its argument options"):
+        describe(Greedy(factor=0.5))
+    with pytest.raises(ConfigurationError, match="Generator does not tell"):
+        describe(torch.Generator())
+    assert describe(Told(0.5))["init_args"] == {"factor": 0.5}
+
+
+def test_an_extractor_keeps_its_arguments_and_a_network_need_not() -> None:
+    class Network(torch.nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(2, classes)
+
+    class Own(VAEFeatures):
+        def __init__(self, cell: int) -> None:
+            super().__init__()
+            self.size = cell
+
+    assert describe(Network(2))["init_args"] == {}
+    with pytest.raises(ConfigurationError, match="Own: its argument cell"):
+        describe(Own(2))
+
+
+def test_what_a_module_s_configuration_does_not_tell_is_added() -> None:
+    class Stronger(G4SegModule):
+        def __init__(self, strength: float, **options: Any) -> None:
+            super().__init__(**options)
+            self.strength = strength
+
+    described = describe(Stronger(0.5, model="sd", seed=3))["init_args"]
+    assert described["strength"] == 0.5
+    assert described["seed"] == 3

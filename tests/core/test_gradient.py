@@ -439,6 +439,8 @@ def test_direction_ignores_shift_and_scale(shift: float, scale: float, seed: int
         ({"step_size": 0.0}, "step_size is 0.0"),
         ({"injection_weight": 0.0}, "injection_weight is 0.0"),
         ({"timesteps": ()}, "timesteps is empty"),
+        ({"trust_region": -0.1}, "trust_region is -0.1"),
+        ({"trust_region": 0.0}, "trust_region is 0.0"),
         ({"carry_over": 2.0}, "carry_over is 2.0"),
         ({"threshold": 0.0}, "threshold is 0.0"),
         ({"inject_cross_attention": False, "inject_self_attention": False}, "nothing is injected"),

@@ -394,6 +394,9 @@ def test_a_step_that_breaks_a_mask_is_named(make_context: ContextMaker, foregrou
         ({"beta": 1.5}, "beta is 1.5"),
         ({"injection_weight": -1.0}, "injection_weight is -1.0"),
         ({"injection_rule": "dense_diffusion"}, "rule's λ; give 0"),
+        ({"binarise_at": 2.0}, "binarise_at is 2.0"),
+        ({"match_size": 0}, "match_size is 0"),
+        ({"timestep": -5}, "timestep is -5"),
         ({"confidence_range": (0.6, 0.2)}, r"confidence_range is \(0.6, 0.2\)"),
     ],
 )

@@ -238,6 +238,16 @@ def test_check_of_a_sound_data_set(voc: Path, capsys: pytest.CaptureFixture[str]
     assert "about 2.0 h" in shown
 
 
+def test_check_says_that_so_many_classes_cannot_be_written(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"thing {number}\n" for number in range(255)))
+    data = VOCDataModule(voc, voc.parent.parent / "cam_out", class_names=names, num_workers=0)
+    assert check(data) == 1
+    assert "data.class_names: 255 classes, but masks" in capsys.readouterr().out
+
+
 def test_check_reports_everything_at_once(
     voc: Path, save_label: Maker, capsys: pytest.CaptureFixture[str]
 ) -> None:

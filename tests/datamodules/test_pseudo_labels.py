@@ -181,6 +181,20 @@ def test_validation_data_may_lie_elsewhere(root: Path) -> None:
     assert data_module(root, val=None).val_dataloader() == []
 
 
+def test_a_plain_folder_has_no_split_of_the_default_name(root: Path) -> None:
+    voc = root / "VOCdevkit" / "VOC2012"
+    images = FolderDataModule(voc / "JPEGImages", class_names="voc")
+    data = PseudoLabelDataModule(images, root / "refined", num_workers=0)
+    with pytest.raises(ConfigurationError, match=r"^data.val: 'val' is no list file.* val=None"):
+        data.setup("fit")
+    alone = PseudoLabelDataModule(images, root / "refined", val=None, num_workers=0)
+    alone.setup("fit")
+    assert len(alone.training_images) == len(IDS)
+    (root / "few.txt").write_text(f"{IDS[0]}\n")
+    listed = PseudoLabelDataModule(images, root / "refined", val=str(root / "few.txt"))
+    assert [item.image_id for item in listed.items] == list(IDS[:1])
+
+
 def test_finished_images_are_left_out_of_predict(root: Path) -> None:
     data = data_module(root)
     data.exclude([IDS[0]])

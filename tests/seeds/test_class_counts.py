@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 
 from datamodules.classes import read_class_list
+from g4seg_pl.module import G4SegModule
 from g4seg_pl.seeds.cam import Cam
 from g4seg_pl.seeds.clip_es import ClipES
 from g4seg_pl.seeds.diffsegmenter import DiffSegmenter
@@ -26,6 +27,7 @@ MAKERS: list[Callable[[], Any]] = [
     lambda: MaskClip("nowhere"),
     lambda: Sclip("nowhere"),
     lambda: Supervised("nowhere"),
+    lambda: G4SegModule("nowhere"),
 ]
 
 
