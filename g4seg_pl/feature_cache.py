@@ -151,6 +151,8 @@ def open_cache(folder: str, vae: AutoencoderKL, features: DenseFeatures) -> Feat
 def check_folder(folder: str) -> None:
     """Make the folder, or refuse one that cannot be made or written to.
 
+    One that holds something is taken all the same: it can be read.
+
     Raises:
         ConfigurationError: names it.
     """
@@ -161,6 +163,8 @@ def check_folder(folder: str) -> None:
         with TemporaryFile(dir=place) as probe:  # it is gone when it is closed, or after a kill
             probe.write(_PROBE)
     except OSError as error:
+        if place.is_dir() and any(place.iterdir()):
+            return
         message = f"cache_features {folder} cannot be {what} ({error}); give a folder to write to"
         raise ConfigurationError(message) from error
 

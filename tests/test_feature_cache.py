@@ -373,3 +373,5 @@ def test_folder_that_cannot_be_written_is_refused(
     monkeypatch.setattr(feature_cache, "TemporaryFile", read_only)
     with pytest.raises(ConfigurationError, match=r"cache_features .*kept cannot be written.*Read-"):
         check_folder(str(tmp_path / "kept"))
+    (tmp_path / "kept" / "00").mkdir()
+    check_folder(str(tmp_path / "kept"))  # what an earlier run kept can be read
