@@ -145,7 +145,7 @@ class StableDiffusionXL(StableDiffusion):
         packed = embeddings.to(self._number_format)
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         height, width = factor * noisy.shape[2], factor * noisy.shape[3]
-        # Float32 whatever the weights: bfloat16 has no 1000.
+        # Float32 whatever the weights: bfloat16 has no 1028.
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
         added = {
             "text_embeds": packed[:, -1, : self._pooled_size],
