@@ -27,7 +27,7 @@ from g4seg_pl.core.background import PowerBackground, Threshold
 from g4seg_pl.core.resize import resize_maps
 from g4seg_pl.features.base import normalise
 from g4seg_pl.seeds.base import SeedMaker, require_classes, resize_picture
-from g4seg_pl.seeds.cam_training import training_pictures
+from g4seg_pl.seeds.cam_training import training_picture
 from g4seg_pl.seeds.classifier import (
     Architecture,
     ResNetClassifier,
@@ -220,12 +220,11 @@ class Cam(SeedMaker):
         if not samples:
             return None
         network = self._network()
-        images = [item.image for item in samples]
-        pictures = training_pictures(images, self.crop, self.longer_side)
+        pictures = [training_picture(item, self.crop, self.longer_side) for item in samples]
         present = torch.zeros(len(samples), network.head.out_channels)
         for row, item in zip(present, samples, strict=True):
             row[[label - 1 for label in item.seed.class_ids]] = 1
-        logits = network(pictures.to(self.device)).float()
+        logits = network(torch.cat(pictures).to(self.device)).float()
         loss = functional.multilabel_soft_margin_loss(logits, present.to(self.device))
         options: dict[str, Any] = {"on_epoch": True, "batch_size": len(samples)}
         self.log("train/loss", loss, **options)

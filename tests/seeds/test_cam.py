@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from g4seg_pl.seeds.base import resize_picture
 from g4seg_pl.seeds.cam import Cam, gradient_maps, multi_scale_cam
-from g4seg_pl.seeds.cam_training import training_pictures
+from g4seg_pl.seeds.cam_training import training_picture
 from g4seg_pl.seeds.classifier import ResNetClassifier, activation_maps, read_weights
 from g4seg_pl.types import ConfigurationError, FailedSample, RefinedMask, Sample, Seed
 
@@ -167,34 +167,10 @@ def _unlabelled() -> tuple[Tensor, Seed, tuple[str, ...]]:
 
 
 def test_training_pictures_have_one_size_whatever_the_image(sample: Sample) -> None:
-    images = [sample.image, sample.image[:, :20]]
     for crop in (24, 80):
-        assert training_pictures(images, crop, (30, 60)).shape == (2, 3, crop, crop)
-    assert (training_pictures(images, 200, (30, 60)) == 0).float().mean() > 0.8
-
-
-def test_training_pictures_hold_the_image_once_in_an_empty_crop() -> None:
-    images = [torch.full((3, 20 + number, 30), 255, dtype=torch.uint8) for number in range(8)]
-    torch.manual_seed(0)
-    pictures = training_pictures(images, 64, (40, 40))
-    for image, picture in zip(images, pictures, strict=True):
-        filled = (picture != 0).all(0)
-        assert int(filled.any(1).sum()) == round(40 / 30 * image.shape[1])
-        assert int(filled.any(0).sum()) == 40
-        assert int(filled.sum()) == round(40 / 30 * image.shape[1]) * 40
-
-
-def test_training_pictures_depend_on_the_seed_and_not_on_threads() -> None:
-    generator = torch.Generator().manual_seed(1)
-    images = [
-        torch.randint(256, (3, 24, 32), generator=generator, dtype=torch.uint8) for _ in range(16)
-    ]
-    torch.manual_seed(5)
-    together = training_pictures(images, 32, (28, 48))
-    torch.manual_seed(5)
-    alone = torch.cat([training_pictures([image], 32, (28, 48)) for image in images])
-    assert torch.equal(together, alone)
-    assert not torch.equal(together, training_pictures(images, 32, (28, 48)))
+        picture = training_picture(sample, crop, (30, 60))
+        assert picture.shape == (1, 3, crop, crop)
+    assert (training_picture(sample, 200, (30, 60)) == 0).float().mean() > 0.8
 
 
 def test_activation_maps_of_a_symmetric_image_are_symmetric(network: ResNetClassifier) -> None:
