@@ -31,7 +31,11 @@ from g4seg_pl.core.injection import Injection, InjectionRule, check_rule
 
 @runtime_checkable
 class UpdateStep(Protocol):
-    """One update of all masks; frozen dataclasses with plain fields are meant."""
+    """One update of all masks; frozen dataclasses with plain fields are meant.
+
+    Another class keeps each of its arguments as an attribute of its name (or behind an underscore),
+    or returns all from a method ``configuration``: run.json tells runs apart by them.
+    """
 
     def __call__(
         self, foreground: Float[Tensor, "m H W"], context: RefinementContext
