@@ -39,9 +39,9 @@ NOTE = (
     "classes an image has, the others are; no maker has a word for the background, because the "
     "world's CLIP knows none. MaskCLIP's softmax is so sharp that its thresholds lie at the end "
     f"of the grid, {THRESHOLDS[-1]}. CAM's classifier begins with random weights, not with "
-    "ImageNet's, and is "
-    "trained for minutes, by `make lab` itself and in bfloat16: from one processor to another "
-    "its rows moved by up to 3 points, all others of all tables by 0.2 at most."
+    "ImageNet's, and is trained for minutes, by `make lab` itself and in bfloat16: from one "
+    "processor to another its rows moved by up to 3 points, all others of all tables by 0.2 at "
+    "most."
 )
 
 
